@@ -1,0 +1,102 @@
+"""`etchat`: the command line. Arguments in, answers out; the work is done elsewhere and imported when it is needed."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperCommand
+
+from etchat_hf.conversion.cli import convert
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+class ManyTimes(TyperCommand):
+    """Lets `--src 1.2 3` stand for `--src 1.2 --src 3`: times belong together, as in an annotation's list."""
+
+    def parse_args(self, ctx, args: list[str]):
+        spread, in_times = [], False
+        for arg in args:
+            if in_times and _is_number(arg):
+                spread += ["--src"] if spread[-1] != "--src" else []
+            else:
+                in_times = arg == "--src"
+            spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+@app.command(cls=ManyTimes)
+def ask(
+    video: Annotated[Path, typer.Argument(help="Video or image file.")],
+    question: Annotated[str, typer.Argument(help="What to ask; write <vid> where a time of --src belongs.")],
+    model: Annotated[str, typer.Option(help="Folder or Hub id of a converted checkpoint.")],
+    fps: Annotated[
+        float | None, typer.Option(help="Frames sampled per second; default: as the model was trained.")
+    ] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Sample more sparsely to stay within so many frames.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 2048,
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto: as stored.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU where there is one.")
+    ] = None,
+    src: Annotated[list[float] | None, typer.Option(help="Seconds of each <vid> of the question, in order.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Ask one question about one video; times in the answer are seconds since its first frame."""
+    from etchat_hf.inference import ask as answer_question
+    from etchat_hf.inference import load
+
+    network, processor = load(model, dtype=dtype, device=device)
+    answer = answer_question(
+        network, processor, video, question, src=src, fps=fps, max_frames=max_frames, max_new_tokens=max_new_tokens
+    )
+    if as_json:
+        typer.echo(json.dumps(answer, ensure_ascii=False))
+        return
+    typer.echo(answer["answer"])
+    for seconds, confidence in zip(answer["timestamps"], answer["confidences"], strict=True):
+        typer.echo(f"  {seconds:8.2f} s  (confidence {confidence:.2f})", err=True)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a converted checkpoint.")],
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}; auto: as stored.")] = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU where there is one.")
+    ] = None,
+) -> None:
+    """Check a converted checkpoint: a strict load, prompt ids, and a fixed question on a generated clip."""
+    from etchat_hf.verification import verify as run_checks
+
+    for line in run_checks(model, dtype=dtype, device=device):
+        typer.echo(line)
+
+
+app.command()(convert)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Runs the command line. What a user can cause ends in one line on stderr and exit code 2."""
+    try:
+        app(args=args)
+    except (ValueError, OSError, ImportError) as error:
+        message = " ".join(str(error).split())
+        typer.echo(f"etchat: error: {message}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,397 @@
+"""Turning videos, images and frames into what the model sees: pixel values, and the second each frame belongs to."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+import PIL.Image
+import PIL.ImageFile
+import PIL.ImageOps
+import torch
+import torch.nn.functional as F
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.video_processing_utils import VideoProcessorMixin
+
+from .video_decoding_etchat import (
+    BACKENDS,
+    VideoReader,
+    check_file,
+    check_positive,
+    open_video,
+    rate_and_duration,
+    sample_frame_indices,
+)
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Image formats of which a file can also be a clip.
+ANIMATED_FORMATS = ("GIF", "PNG", "WEBP")
+
+# What transformers writes into a configuration file beside the constructor's arguments.
+SERVICE_KEYS = {
+    "auto_map",
+    "feature_extractor_type",
+    "image_processor_type",
+    "processor_class",
+    "video_processor_type",
+}
+
+Picture = str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor
+Clip = Picture | Sequence[Picture]
+
+
+class ETChatVideoProcessorKwargs(TypedDict, total=False):
+    """The constructor's arguments, all of which `from_pretrained` can override."""
+
+    size: int | dict[str, int]
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+    fps: float | None
+    num_frames: int | None
+    max_frames: int | None
+    do_sample_frames: bool
+    pad_to_square: bool
+    decoder: str | None
+
+
+class ETChatVideoProcessor(VideoProcessorMixin):
+    """Decodes, samples, resizes, crops and normalises the frames of clips; does not need torchvision.
+
+    Args:
+        size: side of the square frames in pixels; also accepted as `{"shortest_edge": s}` or
+            `{"height": s, "width": s}`.
+        image_mean, image_std: per RGB channel, of pixels in [0, 1].
+        fps: frames sampled per second of video; `None` means 1.0 where `num_frames` is not set.
+        num_frames: frames sampled per clip, evenly over all of it, instead of `fps`; a clip of fewer repeats some.
+        max_frames: the most frames per clip; the sampling rate of longer ones is lowered.
+        do_sample_frames: `False` takes every frame of every clip.
+        pad_to_square: pad frames to a square with the mean colour instead of cropping what is outside of one.
+        decoder: "pyav", "decord", or `None` for the first of these that is installed.
+
+    Raises:
+        ValueError: a value is impossible, or both `fps` and `num_frames` are set.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = ETChatVideoProcessorKwargs
+
+    def __init__(
+        self,
+        size: int | dict[str, int] = 224,
+        image_mean: Sequence[float] = CLIP_MEAN,
+        image_std: Sequence[float] = CLIP_STD,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        do_sample_frames: bool = True,
+        pad_to_square: bool = False,
+        decoder: str | None = None,
+        **kwargs: Any,
+    ):
+        unknown = kwargs.keys() - SERVICE_KEYS
+        if unknown:
+            raise TypeError(f"ETChatVideoProcessor has no argument {', '.join(sorted(unknown))}")
+        super().__init__(**kwargs)
+        if fps is not None and num_frames is not None:
+            raise ValueError("fps and num_frames exclude each other; pass num_frames with fps=None")
+        check_positive(fps=fps, num_frames=num_frames, max_frames=max_frames)
+        if len(image_mean) != 3 or len(image_std) != 3:
+            raise ValueError(f"image_mean and image_std need three values each, not {image_mean} and {image_std}")
+        if decoder is not None and decoder not in BACKENDS:
+            raise ValueError(f"unknown decoder {decoder!r}; choose one of {', '.join(BACKENDS)}, or None")
+        self.size = square_side(size)
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        # None values are not saved, so the default must not depend on one.
+        self.fps = 1.0 if fps is None and num_frames is None else fps
+        self.num_frames = num_frames
+        self.max_frames = max_frames
+        self.do_sample_frames = do_sample_frames
+        self.pad_to_square = pad_to_square
+        self.decoder = decoder
+
+    def preprocess(
+        self,
+        videos: Clip | Sequence[Clip],
+        fps: float | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        do_sample_frames: bool | None = None,
+        video_metadata: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """What `processor(videos, ...)` runs.
+
+        Args:
+            videos: a list of clips; a path, PIL image, array or tensor that is not in a list is one clip. A clip is
+
+                - a path of a video file, or of an image file (a clip of one frame);
+                - a PIL image;
+                - a uint8 array or tensor of RGB frames (T, H, W, 3) or (T, 3, H, W), or of one image (H, W, 3) or
+                  (3, H, W); a last side of 3 is taken for the channels;
+                - a list of images: paths, PIL images, uint8 arrays or tensors, all of the same size.
+            fps, num_frames, max_frames, do_sample_frames: replace the constructor's for this call; `fps` and
+                `num_frames` each replace both.
+            video_metadata: one entry per clip, `None` for files and single images. Several frames that are not in a
+                video file need a time base: `{"fps": F}` (they are sampled as a video of that rate would be),
+                `{"frame_times": [seconds, ...]}` (already sampled: fewer are taken only to satisfy `num_frames` or
+                `max_frames`, and the times are kept as they are), or a transformers `VideoMetadata` with `fps`, and
+                with `frames_indices` if the frames are already sampled.
+            return_tensors: "pt"; `None` means the same.
+
+        Returns:
+            A `BatchFeature` with
+
+            - `pixel_values`: float32 tensor (frames of all clips, 3, size, size), normalised, clips one after another;
+            - `frame_times`: per clip a list of its frames' times, in seconds since the clip's first frame. Lists, not
+              tensors, so that casting the batch to bfloat16 leaves them exact;
+            - `frame_indices`: per clip a list of the frame numbers that were sampled;
+            - `video_metadata`: per clip a dict of `path`, `decoder`, `num_frames`, `average_fps` and `duration` (of
+              the source, in seconds; 0.0 for an image), `sampled_fps`, `height`, `width`.
+
+        Raises:
+            FileNotFoundError: a file does not exist.
+            ValueError: a clip cannot be read, has an unsuitable shape or dtype, or lacks a time base; or an option is
+                impossible.
+        """
+        if return_tensors not in ("pt", None):
+            raise ValueError(f"return_tensors must be 'pt', not {return_tensors!r}: frames come as torch tensors")
+        check_positive(fps=fps, num_frames=num_frames, max_frames=max_frames)
+        if fps is None and num_frames is None:
+            fps, num_frames = self.fps, self.num_frames
+        max_frames = self.max_frames if max_frames is None else max_frames
+        do_sample_frames = self.do_sample_frames if do_sample_frames is None else do_sample_frames
+
+        clips = [videos] if isinstance(videos, Picture) else list(videos)
+        if not clips:
+            raise ValueError("videos is empty; pass at least one clip")
+        metadata = [video_metadata] if isinstance(video_metadata, Mapping) else video_metadata
+        metadata = [None] * len(clips) if metadata is None else list(metadata)
+        if len(metadata) != len(clips):
+            raise ValueError(f"video_metadata has {len(metadata)} entries for {len(clips)} clips; pass one per clip")
+        readers = [open_clip(clip, entry, self.decoder) for clip, entry in zip(clips, metadata, strict=True)]
+        sampled = [
+            select_frames(reader, fps, num_frames, max_frames) if do_sample_frames else np.arange(reader.num_frames)
+            for reader in readers
+        ]
+        return BatchFeature(
+            {
+                "pixel_values": self._pixel_values(readers, sampled),
+                "frame_times": [
+                    reader.times[indices].tolist() for reader, indices in zip(readers, sampled, strict=True)
+                ],
+                "frame_indices": [indices.tolist() for indices in sampled],
+                "video_metadata": [
+                    describe(reader, len(indices)) for reader, indices in zip(readers, sampled, strict=True)
+                ],
+            }
+        )
+
+    def _pixel_values(self, readers: list[VideoReader], sampled: list[np.ndarray]) -> torch.Tensor:
+        # Filled frame by frame, so that only one full-size frame is held as floats.
+        output = torch.empty(sum(map(len, sampled)), 3, self.size, self.size)
+        pictures = (
+            picture for reader, indices in zip(readers, sampled, strict=True) for picture in reader.read(indices)
+        )
+        for row, picture in zip(output, pictures, strict=True):
+            row.copy_(self._transform(picture))
+        return output
+
+    def _transform(self, picture: np.ndarray) -> torch.Tensor:
+        """uint8 RGB (height, width, 3) -> normalised float32 (3, size, size)."""
+        if self.pad_to_square:
+            picture = pad_to_square(picture, self.image_mean)
+        height, width = picture.shape[:2]
+        short, long = min(height, width), max(height, width)
+        new_long = int(self.size * long / short)
+        new_size = (self.size, new_long) if height <= width else (new_long, self.size)
+        pixels = torch.from_numpy(np.array(picture.transpose(2, 0, 1), order="C")).float().div_(255)
+        pixels = F.interpolate(pixels[None], size=new_size, mode="bilinear", align_corners=False, antialias=True)[0]
+        top, left = (int((side - self.size) / 2) for side in new_size)
+        pixels = pixels[:, top : top + self.size, left : left + self.size]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.image_mean, self.image_std))
+        return (pixels - mean) / std
+
+
+class FrameSequence(VideoReader):
+    """A clip of separate pictures: in memory, or one image file each.
+
+    Args:
+        pictures: see `load_picture`; all must have the same size.
+        times: float64 (len(pictures),) seconds.
+        fps: the constant rate of a clip that is still to be sampled; `None` for frames that already are.
+        path: the image file, if the clip is one.
+    """
+
+    def __init__(self, pictures: Sequence[Picture], times: np.ndarray, fps: float | None, path: str | None = None):
+        self.path = path
+        self.backend = "memory" if path is None else "pillow"
+        self.num_frames = len(pictures)
+        self.times = times
+        self.already_sampled = fps is None
+        if fps is None and len(pictures) == 1:
+            self.average_fps = self.duration = 0.0  # an image takes no time
+        else:
+            self.average_fps, self.duration = rate_and_duration(times - times[0], fps)
+        self._pictures = pictures
+        self.height, self.width = load_picture(pictures[0]).shape[:2]
+
+    def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        for index in self.check_indices(indices).tolist():
+            picture = load_picture(self._pictures[index])
+            if picture.shape[:2] != (self.height, self.width):
+                raise ValueError(
+                    f"frame {index} is {picture.shape[1]} x {picture.shape[0]} pixels, the first one "
+                    f"{self.width} x {self.height}; the frames of a clip must have one size"
+                )
+            yield picture
+
+
+def open_clip(clip: Clip, metadata: Mapping[str, Any] | None, decoder: str | None) -> VideoReader:
+    """A reader for any clip; see `ETChatVideoProcessor.preprocess`."""
+    if isinstance(clip, str | os.PathLike):
+        image = open_image(clip)
+        if metadata is not None:
+            raise ValueError(f"{os.fspath(clip)}: a file has its own time base; pass None as its video_metadata")
+        if image is None:
+            return open_video(clip, decoder)
+        return FrameSequence([image], np.zeros(1), None, path=os.fspath(clip))
+    if isinstance(clip, PIL.Image.Image):
+        pictures = [clip]
+    elif isinstance(clip, np.ndarray | torch.Tensor):
+        pictures = clip if clip.ndim == 4 else clip[None]
+    elif isinstance(clip, list | tuple):
+        pictures = clip
+    else:
+        raise ValueError(
+            f"a clip cannot be a {type(clip).__name__}; pass a path, an image, an array or a list of images"
+        )
+    if len(pictures) == 0:
+        raise ValueError("a clip without frames; pass at least one")
+    return FrameSequence(pictures, *time_base(len(pictures), metadata))
+
+
+def time_base(num_frames: int, metadata: Mapping[str, Any] | None) -> tuple[np.ndarray, float | None]:
+    """The frames' times in seconds, and their rate if they are a whole video that is still to be sampled."""
+    entries = {key: value for key, value in dict(metadata or {}).items() if value is not None}
+    fps = entries.get("fps")
+    check_positive(fps=fps)
+    if "frame_times" in entries:
+        times = np.asarray(entries["frame_times"], dtype=np.float64)
+        fps = None
+    elif "frames_indices" in entries and fps is not None:
+        times = np.asarray(entries["frames_indices"], dtype=np.float64) / fps
+        fps = None
+    elif fps is not None:
+        times = np.arange(num_frames) / fps
+    elif num_frames == 1:
+        times = np.zeros(1)
+    else:
+        raise ValueError(
+            f"{num_frames} frames without a time base; pass video_metadata={{'fps': ...}} or "
+            "{'frame_times': [seconds, ...]}"
+        )
+    if times.shape != (num_frames,):
+        raise ValueError(f"{num_frames} frames but times of shape {times.shape}; pass one time per frame")
+    if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
+        raise ValueError("frame times must be finite and ascend from frame to frame")
+    return times, fps
+
+
+def select_frames(
+    reader: VideoReader, fps: float | None, num_frames: int | None, max_frames: int | None
+) -> np.ndarray:
+    """`sample_frame_indices` for a clip: int64 (n,). An image stays one frame, and sampled frames are not repeated."""
+    if isinstance(reader, FrameSequence) and reader.already_sampled:
+        limits = [limit for limit in (num_frames, max_frames) if limit is not None]
+        count = min([reader.num_frames, *limits])
+        if count == reader.num_frames:
+            return np.arange(count)
+        return sample_frame_indices(
+            reader.num_frames, reader.average_fps, num_frames_wanted=count, times=reader.times - reader.times[0]
+        )
+    return sample_frame_indices(reader.num_frames, reader.average_fps, fps, num_frames, max_frames, reader.times)
+
+
+def describe(reader: VideoReader, num_sampled: int) -> dict[str, Any]:
+    """The clip's entry of `video_metadata`."""
+    return {
+        "path": reader.path,
+        "decoder": reader.backend,
+        "num_frames": reader.num_frames,
+        "average_fps": reader.average_fps,
+        "duration": reader.duration,
+        "sampled_fps": num_sampled / reader.duration if reader.duration else 0.0,
+        "height": reader.height,
+        "width": reader.width,
+    }
+
+
+def open_image(path: str | os.PathLike) -> PIL.Image.Image | None:
+    """The image in a file, or `None` if it holds something else or an animation; raises as `check_file` does."""
+    try:
+        image = PIL.Image.open(check_file(path))
+    except PIL.UnidentifiedImageError:
+        return None
+    # Pillow recognises MPEG streams, but cannot read them.
+    if image.format == "MPEG" or (image.format in ANIMATED_FORMATS and image.is_animated):
+        image.close()
+        return None
+    return image
+
+
+def load_picture(picture: Picture) -> np.ndarray:
+    """An image file, PIL image, array or tensor as uint8 RGB (height, width, 3), upright; ValueError if it is none."""
+    if isinstance(picture, str | os.PathLike):
+        image = open_image(picture)
+        if image is None:
+            raise ValueError(f"{os.fspath(picture)}: not an image; a list of paths is a clip of one image per frame")
+        picture = image
+    if isinstance(picture, PIL.Image.Image):
+        try:
+            return np.array(PIL.ImageOps.exif_transpose(picture).convert("RGB"))
+        except OSError as error:
+            name = picture.filename if isinstance(picture, PIL.ImageFile.ImageFile) else "image"
+            raise ValueError(
+                f"{name}: the image cannot be decoded ({error}); check that the file is complete"
+            ) from error
+    if isinstance(picture, torch.Tensor):
+        picture = picture.cpu().numpy()
+    if not isinstance(picture, np.ndarray):
+        raise ValueError(
+            f"a frame cannot be a {type(picture).__name__}; pass a path, a PIL image, an array or a tensor"
+        )
+    if picture.dtype != np.uint8:
+        raise ValueError(f"frames must be uint8 (0 to 255), not {picture.dtype}; convert them")
+    if picture.ndim == 3 and picture.shape[0] == 3 != picture.shape[2]:
+        picture = picture.transpose(1, 2, 0)
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        raise ValueError(f"frames must be (H, W, 3) or (3, H, W), or (T, ...) of these, not {tuple(picture.shape)}")
+    return picture
+
+
+def pad_to_square(picture: np.ndarray, mean: Sequence[float]) -> np.ndarray:
+    """Centre uint8 RGB (height, width, 3) on a square of the mean colour (three values in [0, 1])."""
+    height, width = picture.shape[:2]
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    square[:] = [int(value * 255) for value in mean]
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = picture
+    return square
+
+
+def square_side(size: int | Mapping[str, int]) -> int:
+    """The side in pixels that a `size` option means; ValueError unless that is one positive whole number."""
+    if isinstance(size, Mapping):
+        sides = set(size.values())
+        if set(size) not in ({"shortest_edge"}, {"height", "width"}) or len(sides) != 1:
+            raise ValueError(
+                f"size must be a number, {{'shortest_edge': s}} or equal height and width, not {dict(size)}"
+            )
+        size = sides.pop()
+    if not isinstance(size, int) or size <= 0:
+        raise ValueError(f"size must be a positive whole number of pixels, not {size!r}")
+    return size

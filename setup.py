@@ -1,0 +1,46 @@
+"""Packaging of etchat_hf. Every dependency is justified in its line; tested versions are in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRES = [
+    "torch>=2.9",  # the model
+    "transformers>=5.23,<6",  # building blocks, generation, Auto classes; matching relies on 5.23's masks and cache
+    "accelerate>=1.10",  # device_map and low-memory loading in from_pretrained
+    "safetensors>=0.6",  # checkpoints, read and written tensor by tensor
+    "huggingface_hub>=1.0",  # Hub ids as sources, configuration dataclasses
+    "numpy>=2.0",  # frame times and sampling
+    "pillow>=11",  # images
+    "jinja2>=3.1",  # chat templates
+    "av>=14",  # video decoding on every platform, and the index of each file's real frame times
+    "decord>=0.6; platform_machine == 'x86_64' or platform_machine == 'AMD64'",  # faster decoding; no wheels elsewhere
+    "typer>=0.16",  # command line
+    "rich>=14",  # progress bars and tables
+]
+TRAIN = [
+    "peft>=0.17",  # LoRA
+    "datasets>=4.0",  # streamed annotations
+    "trl>=1.0",  # TrlParser: YAML files with overrides on the command line
+]
+EVAL = []
+APP = []
+DEV = [
+    "pytest>=8",  # test runner
+    "ruff>=0.14",  # lint and format
+]
+
+setup(
+    name="etchat_hf",
+    version="0.1.0",
+    description="E.T. Chat, the time-aware video language model, for the Hugging Face ecosystem",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    python_requires=">=3.11",
+    packages=find_packages(include=["etchat_hf", "etchat_hf.*"]),
+    package_data={"etchat_hf.chat_templates": ["*.jinja"]},
+    install_requires=REQUIRES,
+    extras_require={"train": TRAIN, "eval": EVAL, "app": APP, "dev": [*DEV, *TRAIN, *EVAL], "all": [*TRAIN, *EVAL, *APP]},
+    entry_points={"console_scripts": ["etchat = etchat_hf.cli:main"]},
+)

@@ -87,7 +87,7 @@ class ETChatConfig(PreTrainedConfig):
         self.qformer_config.encoder_hidden_size = self.vision_config.hidden_size
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self.auto_map = dict(AUTO_MAP)
-        self._check_combinations()
+        self.validate_combinations()
 
     @property
     def num_projector_layers(self) -> int:
@@ -101,7 +101,8 @@ class ETChatConfig(PreTrainedConfig):
         if model_type not in TEXT_MODEL_TYPES:
             raise ValueError(f"text_config.model_type is {model_type!r}; it must be one of {TEXT_MODEL_TYPES}.")
 
-    def _check_combinations(self):
+    def validate_combinations(self):
+        """Checks that the fields go together; `ValueError` if not. Call it after changing one."""
         vision, text = self.vision_config, self.text_config
         if self.projector_type != "qformer" and not self.num_projector_layers:
             raise ValueError(

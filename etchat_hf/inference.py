@@ -31,7 +31,7 @@ def load(model: str | Path, dtype: str = "auto", device: str | None = None):
         ValueError: if it is no converted checkpoint, or its tensors are not exactly the model's.
     """
     check_is_converted(model)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _find_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}.")
     with _quiet():
@@ -42,6 +42,15 @@ def load(model: str | Path, dtype: str = "auto", device: str | None = None):
     if dtype == "auto" and device.type == "cpu" and network.dtype == torch.float16:
         network = network.float()
     return network.to(device).eval(), ETChatProcessor.from_pretrained(model)
+
+
+def _find_device(name: str | None) -> torch.device:
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # what torch raises differs by backend
+        raise ValueError(f"device {name!r} is not there: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def check_is_converted(model: str | Path):

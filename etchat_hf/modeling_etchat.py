@@ -6,11 +6,14 @@ compressor makes one embedding per frame, `ETChatModel` merges them and runs the
 This file travels with every saved model, so it imports only its neighbours and public packages.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, InstructBlipQFormerModel, InstructBlipVisionModel, PreTrainedModel
 from transformers import initialization as init
@@ -66,8 +69,8 @@ class ETChatCausalLMOutputWithPast(CausalLMOutputWithPast):
             Next-token cross entropy.
         match_loss (`torch.FloatTensor` of shape `()`, *optional*):
             Soft-label cross entropy of the `<vid>` targets; only with `use_matching`.
-        logits (`torch.FloatTensor` of shape `(B, kept, vocab_size)`):
-            Next-token scores.
+        logits (`torch.FloatTensor` of shape `(B, kept, vocab_size)`, *optional*):
+            Next-token scores; none with `skip_logits`.
         match_scores (`torch.FloatTensor`, float32, *optional*):
             Score of each frame of the reference clip, `-inf` where there is no frame. Without labels of shape
             `(B, kept, T)`, aligned with `logits`; with labels of shape `(targets, T)`, a row for each `<vid>` of the
@@ -249,6 +252,18 @@ def _match_head(width: int) -> nn.Sequential:
     )
 
 
+def check_frame_blocks(config: ETChatConfig, attn_implementation: str):
+    """
+    Raises:
+        ValueError: if the attention backend cannot express the frame blocks that the configuration asks for.
+    """
+    if config.bi_attention and attn_implementation not in FRAME_BLOCK_ATTENTION:
+        raise ValueError(
+            f"attn_implementation {attn_implementation!r} cannot express the bidirectional frame blocks of "
+            f"bi_attention; choose one of {FRAME_BLOCK_ATTENTION}."
+        )
+
+
 class ETChatPreTrainedModel(PreTrainedModel):
     config: ETChatConfig
     base_model_prefix = "model"
@@ -262,11 +277,41 @@ class ETChatPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        if attn_implementation is not None:
+            check_frame_blocks(self.config, attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
         if isinstance(module, ETChatFrameCompressor):
             init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`; a folder that holds an adapter and a config.json but no weights, as the
+        checkpoints of LoRA training, is loaded upon the base that its adapter_config.json names.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not (folder / "adapter_config.json").is_file() or any(folder.glob("model*.safetensors*")):
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        # The folder's own configuration tells of heads and rows that the base lacks and the adapter fills.
+        config = kwargs.pop("config", None) or ETChatConfig.from_pretrained(folder)
+        wants_info = kwargs.pop("output_loading_info", False)
+        for name in ("adapter_kwargs", "revision", "_commit_hash"):  # they speak of the folder
+            kwargs.pop(name, None)
+        model, info = super().from_pretrained(
+            base, *model_args, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+        )
+        model.load_adapter(str(folder))
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as adapter:
+            filled = {key.removeprefix("base_model.model.") for key in adapter.keys()}
+        info["missing_keys"] = [key for key in info["missing_keys"] if key not in filled]
+        info["mismatched_keys"] = [entry for entry in info["mismatched_keys"] if entry[0] not in filled]
+        return (model.eval(), info) if wants_info else model.eval()
 
 
 class ETChatModel(ETChatPreTrainedModel):
@@ -347,6 +392,8 @@ class ETChatModel(ETChatPreTrainedModel):
             inputs_embeds = self._merge_frames(
                 inputs_embeds, layout, features, qformer_input_ids, qformer_attention_mask
             )
+        elif self.training and inputs_embeds is not None and frame_embeds is None:
+            inputs_embeds = inputs_embeds + self._idle_compressor().to(inputs_embeds)
         if layout is not None:
             frame_mask = layout.mask
             frame_embeds = _gather(inputs_embeds, layout.positions) * frame_mask[..., None]
@@ -378,6 +425,14 @@ class ETChatModel(ETChatPreTrainedModel):
         if pixel_values is None:
             raise ValueError("frame_times names frames, but neither pixel_values nor vision_features holds them.")
         return self.get_vision_features(pixel_values)
+
+    def _idle_compressor(self):
+        """0, by way of an empty frame: in a batch without a clip, too, processes must make the same steps together."""
+        size = self.config.vision_config.image_size
+        parameter = self.vision_tower.embeddings.class_embedding
+        features = self.get_vision_features(torch.zeros(1, 3, size, size, device=parameter.device))
+        text = torch.zeros(1, 1, dtype=torch.long, device=parameter.device)
+        return self.get_frame_embeds(features, text, torch.ones_like(text)).sum() * 0.0
 
     def _embed_tokens(self, input_ids, layout: FrameLayout | None):
         if layout is not None:
@@ -476,14 +531,9 @@ class ETChatModel(ETChatPreTrainedModel):
         Attention masks by layer type: causal, and open in both directions within a frame block.
 
         Raises:
-            ValueError: if the attention backend cannot express frame blocks.
+            ValueError: see [`check_frame_blocks`].
         """
-        backend = config.text_config._attn_implementation
-        if config.bi_attention and backend not in FRAME_BLOCK_ATTENTION:
-            raise ValueError(
-                f"attn_implementation {backend!r} cannot express the bidirectional frame blocks of bi_attention; "
-                f"choose one of {FRAME_BLOCK_ATTENTION}."
-            )
+        check_frame_blocks(config, config.text_config._attn_implementation)
         opens = config.bi_attention and blocks is not None and blocks.shape[-1] > 0
         masks = create_masks_for_generate(
             config=config,
@@ -524,6 +574,32 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             self.frm_head = _match_head(text.hidden_size)
         self.post_init()
 
+    @torch.no_grad()
+    def enable_matching(self, match_token_id: int) -> None:
+        """
+        Turns matching on in a model that was trained without: fresh heads, and a `<vid>` row where it has none.
+
+        Args:
+            match_token_id (`int`): id of `<vid>`; rows that are missing for it become the mean of the others.
+
+        Raises:
+            ValueError: if matching is on already, or the language model is too shallow for it.
+        """
+        if self.config.use_matching:
+            raise ValueError("Matching is on already: the model has its heads.")
+        text = self.config.text_config
+        rows = text.vocab_size
+        if match_token_id >= rows:
+            self.resize_token_embeddings(match_token_id + 1, mean_resizing=False)
+            for weight in {self.get_input_embeddings().weight, self.lm_head.weight}:
+                weight[rows:] = weight[:rows].mean(0)
+        self.config.match_token_id, self.config.use_matching = match_token_id, True
+        self.config.validate_combinations()
+        for name in ("vid_head", "frm_head"):
+            head = _match_head(text.hidden_size).to(self.lm_head.weight)
+            head.apply(self._init_weights)
+            setattr(self, name, head)
+
     def get_vision_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """See [`ETChatModel.get_vision_features`]."""
         return self.model.get_vision_features(pixel_values)
@@ -551,6 +627,8 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         frame_keys: torch.FloatTensor | None = None,
         frame_mask: torch.BoolTensor | None = None,
         output_hidden_states: bool | None = None,
+        skip_logits: bool | None = None,
+        num_matched_samples_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> ETChatCausalLMOutputWithPast:
         r"""
@@ -577,6 +655,12 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
                 For each row the times of its `<vid>` tokens in order, in seconds; clamped to the clip.
             vid_frames, frame_embeds, frame_keys, frame_mask:
                 What an earlier step returned, for steps that continue it from `past_key_values`.
+            skip_logits (`bool`, *optional*):
+                Whether to apply the language-model head only where there are labels, and return no logits. By default
+                in training with labels.
+            num_matched_samples_in_batch (`int` or `torch.Tensor`, *optional*):
+                What the match loss is divided by, as the LM loss is by `num_items_in_batch`: the samples with `<vid>`
+                targets in all processes and accumulation steps. By default those of this batch.
 
         Raises:
             ValueError: if placeholders, clips, texts, `<vid>` and times do not go together.
@@ -600,23 +684,24 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             frame_mask=frame_mask,
             output_hidden_states=output_hidden_states,
         )
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True leaves nothing to return without labels.")
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        if self.config.text_config.model_type == "gemma2" and (cap := self.config.text_config.final_logit_softcapping):
-            logits = torch.tanh(logits / cap) * cap
+        loss = logits = lm_loss = match_loss = match_scores = None
+        if not skip_logits:
+            logits = self._logits(outputs.last_hidden_state[:, keep])
 
-        loss = lm_loss = match_loss = match_scores = None
         if self.config.use_matching and outputs.frame_mask is not None:
             if frame_keys is None:
                 frame_keys = self.frm_head(outputs.frame_states).float()
             if labels is None:
                 match_scores = self.score_frames(outputs.match_states[:, keep], frame_keys, outputs.frame_mask)
         if labels is not None:
-            loss = lm_loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            loss = lm_loss = self._lm_loss(outputs.last_hidden_state, logits, labels, **kwargs)
             if self.config.use_matching:
-                match_loss, match_scores = self._match_loss(outputs, frame_keys, labels)
+                match_loss, match_scores = self._match_loss(outputs, frame_keys, labels, num_matched_samples_in_batch)
                 loss = lm_loss + match_loss
         return ETChatCausalLMOutputWithPast(
             loss=loss,
@@ -630,6 +715,24 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             frame_embeds=outputs.frame_embeds,
             frame_mask=outputs.frame_mask,
             vid_frames=outputs.vid_frames,
+        )
+
+    def _logits(self, hidden):
+        logits = self.lm_head(hidden)
+        if self.config.text_config.model_type == "gemma2" and (cap := self.config.text_config.final_logit_softcapping):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _lm_loss(self, hidden, logits, labels, **kwargs):
+        """Next-token cross entropy; given no logits, they are computed where there are labels only."""
+        vocab_size = self.config.text_config.vocab_size
+        if logits is not None:
+            return self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        targets = labels[:, 1:]
+        kept = targets != -100
+        logits = self._logits(hidden[:, :-1][kept])
+        return self.loss_function(
+            logits=logits, labels=None, vocab_size=vocab_size, shift_labels=targets[kept].to(logits.device), **kwargs
         )
 
     def score_frames(self, states, frame_keys, frame_mask):
@@ -647,7 +750,7 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         scores = self.vid_head(states).float() @ frame_keys.mT
         return scores.masked_fill(~frame_mask[:, None], float("-inf"))
 
-    def _match_loss(self, outputs: ETChatModelOutputWithPast, frame_keys, labels):
+    def _match_loss(self, outputs: ETChatModelOutputWithPast, frame_keys, labels, num_samples=None):
         """Soft-label cross entropy of the labels' `<vid>`: mean over a sample's targets, then over the samples."""
         rows, columns = (labels[:, 1:] == self.config.match_token_id).nonzero(as_tuple=True)
         if rows.numel() == 0:  # the heads still take part, so that every DDP rank has all gradients
@@ -661,7 +764,7 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         losses = -(self.config.alpha**-distance * log_probs).sum(-1)
         counts = torch.bincount(rows, minlength=len(labels))
         per_sample = losses.new_zeros(len(labels)).index_add(0, rows, losses)[counts > 0] / counts[counts > 0]
-        return per_sample.mean(), scores
+        return per_sample.sum() / (len(per_sample) if num_samples is None else num_samples), scores
 
 
 __all__ = ["ETChatForConditionalGeneration", "ETChatModel", "ETChatPreTrainedModel"]

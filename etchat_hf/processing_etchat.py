@@ -230,11 +230,12 @@ class ETChatProcessor(ProcessorMixin):
         )
         if not tokenize:
             return prompts[0] if single else prompts
+        clips, questions = list(map(_clips, conversations)), list(map(_questions, conversations))
         inputs = self(
-            text=prompts,
-            videos=[_clips(messages) for messages in conversations],
-            qformer_text=[_questions(messages) for messages in conversations],
-            src=[src] if single else src,
+            text=prompts[0] if single else prompts,
+            videos=clips[0] if single else clips,
+            qformer_text=questions[0] if single else questions,
+            src=src,
             return_tensors=return_tensors,
             return_offsets_mapping=return_assistant_tokens_mask,
             **call_kwargs,
@@ -301,10 +302,9 @@ def _arrange(values, counts: list[int], single: bool, what: str) -> list[list]:
     total = sum(counts)
     if values is None:
         values = []
-    is_list = isinstance(values, list | tuple)
     if single:
-        rows = [list(values) if is_list and (len(values) == total or total != 1) else [values]]
-    elif not is_list:
+        rows = [_row(values, total)]
+    elif not isinstance(values, list | tuple):
         raise ValueError(f"With several prompts, give a list of {what}s.")
     elif len(values) == len(counts):
         rows = [_row(value, count) for value, count in zip(values, counts, strict=True)]
@@ -324,7 +324,7 @@ def _arrange(values, counts: list[int], single: bool, what: str) -> list[list]:
 def _row(value, count: int) -> list:
     if value is None:
         return []
-    if isinstance(value, list | tuple) and (len(value) == count or count != 1):
+    if isinstance(value, list | tuple) and (len(value) in (0, count) or count != 1):
         return list(value)
     return [value]
 

@@ -33,6 +33,8 @@ LEGACY_TEXT_FIELDS = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 FIELDS_OF_THE_FILE = {"architectures", "dtype", "transformers_version"}
 # Head counts are not stored; the published encoders have heads of these widths.
 VISION_HEAD_WIDTH = 88
+# EVA-ViT-g: how many blocks should be there is known for this width alone.
+VISION_WIDTH, VISION_DEPTH = 1408, 40
 QFORMER_HEAD_WIDTH = 64
 
 
@@ -165,8 +167,8 @@ def _vision_config(original: dict, tensors: dict, heads: int | None, file: str) 
     tokens = _tensor(tensors, f"{EVA}.pos_embed").shape[1]
     patch_size = _tensor(tensors, f"{EVA}.patch_embed.proj.weight").shape[-1]
     depth, layer = num_stored_blocks(tensors), original["vision_output_layer"]
-    if layer >= 0 and depth != layer + 1:
-        raise ValueError(f"{file}: vision_output_layer is {layer}, but {depth} blocks are stored.")
+    if (layer >= 0 or width == VISION_WIDTH) and depth != num_used_blocks(VISION_DEPTH, layer):
+        raise ValueError(f"{file}: vision_output_layer is {layer}, but {depth} vision blocks are to be used.")
     image_size = math.isqrt(tokens - 1) * patch_size
     if image_size_of(original) != image_size:
         raise ValueError(

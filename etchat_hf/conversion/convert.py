@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .. import modeling_etchat
 from ..configuration_etchat import TEXT_MODEL_TYPES, ETChatConfig
+from ..processing_etchat import ETChatProcessor
 from . import weight_map as names
 from .configs import (
     PREFIX,
@@ -119,6 +121,8 @@ def convert_checkpoint(
     check_original(config, str(config_file))
     if is_lora(folder):
         base_folder = _base_folder(base, config, folder)
+        if is_lora(base_folder):
+            raise ValueError(f"{base_folder}: the base is a LoRA checkpoint itself; merge it first (--to-original).")
         tensors, left_out = read_lora(folder, read_folder(base_folder))
         original = Original("LoRA", folder, config, str(config_file), tensors, left_out)
         original.sources = [folder, base_folder]
@@ -222,15 +226,9 @@ def convert_to_original(
 def _convert(original: Original, destination: str | Path, options: Options, seed: int) -> ConversionReport:
     text_config = text_config_of(original.config, original.config_file)
     _leave_out(original, text_config.tie_word_embeddings)
-    words = original.tensors.get(f"{names.BERT}.embeddings.word_embeddings.weight")
-
     tokenizer = load_tokenizer(original.folder, text_config)
     vocabulary = set(tokenizer.get_vocab())
-    rows = words.shape[0] if words is not None else None
-    qformer_tokenizer = load_qformer_tokenizer(options.qformer_tokenizer, rows)
-    conv_type, use_time_tag = original.config["conv_type"], original.config["use_time_tag"]
-    image_size = image_size_of(original.config)
-    processor = build_processor(tokenizer, qformer_tokenizer, conv_type, image_size, use_time_tag)
+    processor = _processor(original, tokenizer, options)
     _check_match_token(original, processor.match_token_id)
     _add_match_row(original, text_config, processor.match_token_id)
 
@@ -252,7 +250,7 @@ def _convert(original: Original, destination: str | Path, options: Options, seed
 
     config.dtype = stored_dtype(original.tensors[names.EMBED_TOKENS], options.dtype)
     config.original_checkpoint = _memory(original, sorted(set(tokenizer.get_vocab()) - vocabulary))
-    generation_config, notes = build_generation_config(tokenizer, text_config, conv_type)
+    generation_config, notes = build_generation_config(tokenizer, text_config, original.config["conv_type"])
     check_destination(destination, original.sources)
     with appearing_at_once(destination) as partial:
         config.save_pretrained(partial)
@@ -262,6 +260,15 @@ def _convert(original: Original, destination: str | Path, options: Options, seed
             shutil.copyfile(file, partial / Path(file).name)
         files = write_weights(partial, filled, options.dtype, options.max_shard_size)
     return _report(original.layout, destination, filled, original.left_out, options.dtype, files, notes)
+
+
+def _processor(original: Original, tokenizer: PreTrainedTokenizerBase, options: Options) -> ETChatProcessor:
+    words = original.tensors.get(f"{names.BERT}.embeddings.word_embeddings.weight")
+    rows = words.shape[0] if words is not None else None
+    qformer_tokenizer = load_qformer_tokenizer(options.qformer_tokenizer, rows)
+    conv_type, use_time_tag = original.config["conv_type"], original.config["use_time_tag"]
+    image_size = image_size_of(original.config)
+    return build_processor(tokenizer, qformer_tokenizer, conv_type, image_size, use_time_tag)
 
 
 def _base_folder(base: str | Path | None, config: dict, folder: Path) -> Path:

@@ -1,0 +1,138 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from etchat_hf.cli import main
+from etchat_hf.verification import write_clip
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    write_clip(path, fps=10, size=64)
+    return path
+
+
+@pytest.fixture
+def eager_vid(converted, tmp_path):
+    """The converted checkpoint, made to answer `<vid>` at every step."""
+    folder = shutil.copytree(converted, tmp_path / "eager")
+    config = json.loads((folder / "config.json").read_text())
+    others = [token for token in range(config["text_config"]["vocab_size"]) if token != config["match_token_id"]]
+    generation = json.loads((folder / "generation_config.json").read_text()) | {"suppress_tokens": others}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return stop.value.code, captured.out, captured.err
+
+
+def test_ask_prints_json_as_the_last_line(converted, clip):
+    command = [sys.executable, "-m", "etchat_hf.cli", "ask", str(clip), "When does it appear?"]
+    command += ["--model", str(converted), "--max-new-tokens", "4", "--json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert answer["duration"] == 12.0 and answer["fps"] == 1.0 and answer["num_frames"] == 12
+    assert answer["frame_indices"] == list(range(0, 120, 10))
+    assert answer["frame_times"] == [float(second) for second in range(12)]
+    assert {"answer", "timestamps", "spans", "confidences", "frames"} <= answer.keys()
+
+
+def test_ask_times_follow_the_sampling(capsys, eager_vid, clip):
+    options = ("--model", eager_vid, "--max-new-tokens", 3, "--fps", 2, "--json")
+    code, out, _ = run(capsys, "ask", clip, "When?", *options)
+    answer = json.loads(out.splitlines()[-1])
+    assert code == 0 and answer["fps"] == 2.0 and len(answer["timestamps"]) == 3
+    assert answer["timestamps"] == [frame / 2 for frame in answer["frames"]]
+    assert answer["answer"] == "".join(f"{seconds:g}" for seconds in answer["timestamps"])
+
+
+@pytest.mark.parametrize("spelling", [("--src", "1.2", "3"), ("--src", "1.2", "--src", "3"), ("--src=1.2", "--src=3")])
+def test_ask_takes_times(capsys, converted, clip, spelling):
+    options = ("--model", converted, "--max-new-tokens", 2, "--json", *spelling)
+    code, out, err = run(capsys, "ask", clip, "What is between <vid> and <vid>?", *options)
+    assert code == 0, err
+    assert "answer" in json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture
+def bad_files(tmp_path, converted, golden, clip):
+    """Things that are not what they should be, by name."""
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:200])
+    (tmp_path / "notes.txt").write_text("no video")
+    (tmp_path / "bare").mkdir()
+    short = shutil.copytree(converted, tmp_path / "short")
+    tensors = load_file(short / "model.safetensors")
+    tensors.pop("vid_head.0.bias")
+    save_file(tensors, short / "model.safetensors", {"format": "pt"})
+    return {"original": golden / "phi3_stage3" / "original", "tmp": tmp_path}
+
+
+@pytest.mark.parametrize(
+    ("video", "question", "options", "message"),
+    [
+        ("{tmp}/none.mp4", "When?", (), "none.mp4"),
+        ("{tmp}/empty.mp4", "When?", (), "empty.mp4"),
+        ("{tmp}/cut.mp4", "When?", (), "cut.mp4"),
+        ("{tmp}/notes.txt", "When?", (), "notes.txt"),
+        ("{tmp}/bare", "When?", (), "bare"),
+        ("{clip}", "After <vid>?", (), "1 <vid>, but src gives 0"),
+        ("{clip}", "When?", ("--src", "1"), "0 <vid>, but src gives 1"),
+        ("{clip}", "After <vid>?", ("--src", "99"), "99.0 s"),
+        ("{clip}", "After <vid>?", ("--src", "-1"), "-1.0 s"),
+        ("{clip}", "<image> When?", (), "2 <image> placeholders"),
+        ("{clip}", "When?", ("--fps", "0"), "fps"),
+        ("{clip}", "When?", ("--max-frames", "-3"), "max_frames"),
+        ("{clip}", "When?", ("--dtype", "int3"), "int3"),
+        ("{clip}", "When?", ("--device", "abacus"), "abacus"),
+        ("{clip}", "When?", ("--model", "{tmp}/none"), "does not exist"),
+        ("{clip}", "When?", ("--model", "{tmp}/bare"), "no config.json"),
+        ("{clip}", "When?", ("--model", "{tmp}/notes.txt"), "is a file"),
+        ("{clip}", "When?", ("--model", "{original}"), "etchat convert"),
+        ("{clip}", "When?", ("--model", "{tmp}/short"), "missing keys: vid_head.0.bias"),
+    ],
+)
+def test_ask_refuses_in_one_line(capsys, converted, clip, bad_files, video, question, options, message):
+    names = bad_files | {"clip": clip}
+    options = [option.format(**names) for option in options]
+    model = [] if "--model" in options else ["--model", converted]
+    code, out, err = run(capsys, "ask", video.format(**names), question, *model, *options)
+    assert code == 2 and out == ""
+    assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("etchat: error: ")
+    assert "Traceback" not in err
+
+
+def test_usage_errors_exit_with_2(capsys, clip):
+    assert run(capsys, "ask", clip)[0] == 2
+    assert run(capsys, "ask", clip, "When?", "--model", "x", "--frobnicate")[0] == 2
+    assert run(capsys, "nonsense")[0] == 2
+
+
+def test_verify_reports(capsys, converted):
+    code, out, _ = run(capsys, "verify", converted)
+    assert code == 0
+    for line in ("load: ok", "prompt ids: [521, 347, 13", "question: When does the red square appear?", "answer: "):
+        assert line in out
+
+
+def test_convert_is_the_script(capsys, golden, tmp_path):
+    options = ("--qformer-tokenizer", golden / "bert", "--vision-heads", 4, "--qformer-heads", 4)
+    source = golden / "phi3_stage3" / "original"
+    assert run(capsys, "convert", source, tmp_path / "cli", *options)[0] == 0
+    script = [sys.executable, "conversion/convert_original.py", source, tmp_path / "script", *options]
+    root = golden.parents[1]
+    result = subprocess.run([str(part) for part in script], capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stderr
+    for file in sorted((tmp_path / "cli").rglob("*")):
+        if file.is_file():
+            assert file.read_bytes() == (tmp_path / "script" / file.relative_to(tmp_path / "cli")).read_bytes(), file

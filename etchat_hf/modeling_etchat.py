@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModel, InstructBlipQFormerModel, InstructBlipVisionModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate, or_masks
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -173,13 +173,16 @@ def _attention_blocks(columns, attention_mask, sizes: list[list[int]]) -> torch.
 
 def _block_overlay(blocks: torch.LongTensor):
     """Mask function, in transformers' form, that opens the blocks of `_attention_blocks` in both directions."""
-    start, end = blocks
 
-    def inner(batch_idx, head_idx, q_idx, kv_idx):
-        q, kv, first, last = q_idx[..., None], kv_idx[..., None], start[batch_idx], end[batch_idx]
-        return ((first <= q) & (q < last) & (first <= kv) & (kv < last)).any(-1)
+    def one_block(start, end):
+        def inner(batch_idx, head_idx, q_idx, kv_idx):
+            first, last = start[batch_idx], end[batch_idx]
+            return (first <= q_idx) & (q_idx < last) & (first <= kv_idx) & (kv_idx < last)
 
-    return inner
+        return inner
+
+    starts, ends = blocks.unbind()
+    return or_masks(*map(one_block, starts.unbind(1), ends.unbind(1)))
 
 
 class ETChatFrameCompressor(nn.Module):

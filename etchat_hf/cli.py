@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -39,8 +38,11 @@ def _is_number(text: str) -> bool:
 
 @app.command(cls=ManyTimes)
 def ask(
-    video: Annotated[Path, typer.Argument(help="Video or image file.")],
-    question: Annotated[str, typer.Argument(help="What to ask; write <vid> where a time of --src belongs.")],
+    video: Annotated[str, typer.Argument(help="Video or image: a file or a URL.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask; write <vid> where a time of --src belongs.")
+    ] = None,
+    *,
     model: Annotated[str, typer.Option(help="Folder or Hub id of a converted checkpoint.")],
     fps: Annotated[
         float | None, typer.Option(help="Frames sampled per second; default: as the model was trained.")
@@ -52,16 +54,40 @@ def ask(
         str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU where there is one.")
     ] = None,
     src: Annotated[list[float] | None, typer.Option(help="Seconds of each <vid> of the question, in order.")] = None,
+    window: Annotated[float | None, typer.Option(help="Ask of windows of so many seconds, in one batch.")] = None,
+    overlap: Annotated[float, typer.Option(help="Seconds that neighbouring windows share.")] = 0.0,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Go on with further questions, a line each, from standard input.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Ask one question about one video; times in the answer are seconds since its first frame."""
-    from etchat_hf.inference import ask as answer_question
-    from etchat_hf.inference import load
+    _check_ask(question, src, max_frames, window, interactive)
+    from etchat_hf.inference import Chat, ask_windows, load
 
     network, processor = load(model, dtype=dtype, device=device)
-    answer = answer_question(
-        network, processor, video, question, src=src, fps=fps, max_frames=max_frames, max_new_tokens=max_new_tokens
-    )
+    if window is not None:
+        answer = ask_windows(network, processor, video, question, window, overlap, fps, max_new_tokens)
+        _print_answer(answer, as_json)
+        return
+    chat = Chat(network, processor, video, fps=fps, max_frames=max_frames)
+    if question is not None:
+        _print_answer(chat.ask(question, src, max_new_tokens), as_json)
+    for line in sys.stdin if interactive else ():
+        if line.strip():
+            _print_answer(chat.ask(line.strip(), max_new_tokens=max_new_tokens), as_json)
+
+
+def _check_ask(question, src, max_frames, window, interactive: bool) -> None:
+    if question is None and not interactive:
+        raise ValueError("give a QUESTION, or --interactive.")
+    if window is not None and (interactive or src or max_frames):
+        raise ValueError(
+            "--window asks one question without times, at one rate: leave --interactive, --src, --max-frames."
+        )
+
+
+def _print_answer(answer: dict, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(answer, ensure_ascii=False))
         return

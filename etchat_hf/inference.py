@@ -1,16 +1,20 @@
 """One video, one question, one answer with seconds: what `etchat ask` does, for Python."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
 from .modeling_etchat import ETChatForConditionalGeneration
-from .processing_etchat import ETChatProcessor
+from .processing_etchat import EncodedClip, ETChatProcessor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHOWN_KEYS = 3
+WINDOW_KEYS = ("answer", "timestamps", "spans")
+LIST_KEYS = ("timestamps", "confidences", "frames")
 
 
 def load(model: str | Path, dtype: str = "auto", device: str | None = None):
@@ -90,7 +94,7 @@ def check_complete(model: str | Path, info: dict):
 def ask(
     model: ETChatForConditionalGeneration,
     processor: ETChatProcessor,
-    video: str | Path,
+    video,
     question: str,
     src: list[float] | None = None,
     fps: float | None = None,
@@ -98,10 +102,10 @@ def ask(
     max_new_tokens: int = 2048,
 ) -> dict:
     """
-    Asks one question about one video, greedily and so reproducibly.
+    Asks one question about one clip, greedily and so reproducibly.
 
     Args:
-        video (`str` or `Path`): video or image file.
+        video: a clip, such as the path of a video; or an [`EncodedClip`], to ask several questions about it.
         question (`str`): the question, with `<vid>` where a time of `src` belongs.
         src (`list` of `float`, *optional*): seconds of each `<vid>` of the question, in order.
         fps (`float`, *optional*): frames sampled per second; default: as the model was trained.
@@ -117,52 +121,153 @@ def ask(
     Raises:
         FileNotFoundError, ValueError: if the video cannot be read, or question, times and model do not go together.
     """
-    if src and not model.config.use_matching:
-        raise ValueError("--src gives times, but this model was trained without <vid> matching.")
-    content = [{"type": "video", "path": str(video)}, {"type": "text", "text": question}]
+    return Chat(model, processor, video, fps=fps, max_frames=max_frames).ask(question, src, max_new_tokens)
+
+
+def ask_windows(
+    model: ETChatForConditionalGeneration,
+    processor: ETChatProcessor,
+    video,
+    question: str,
+    window: float,
+    overlap: float = 0.0,
+    fps: float | None = None,
+    max_new_tokens: int = 2048,
+) -> dict:
+    """
+    Asks one question about a long video, window by window in one batch; times are those of the whole video.
+
+    Args:
+        window, overlap (`float`): length of a window and what it shares with the next, in seconds.
+        others: see [`ask`].
+
+    Returns:
+        `dict`: as [`ask`]; `answer` has a line per window. `spans` that overlap, as where two windows saw the same
+        event, are merged. `windows` holds each window's `start`, `end`, `answer`, `timestamps` and `spans`.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`ask`]; also if a window is not longer than its overlap.
+    """
+    if not 0 <= overlap < window:
+        raise ValueError(f"window is {window} s and overlap {overlap} s; a window must be longer than its overlap.")
+    clip = _encoded(model, processor, video, fps, None)
+    starts = np.arange(0.0, max(clip.metadata["duration"] - overlap, 1e-9), window - overlap).tolist()
+    parts = [(start, clip.window(start, start + window)) for start in starts]
+    parts = [(start, part) for start, part in parts if part.frame_times]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
+        [[_user(question, part)] for _, part in parts],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
-        src=src,
-        return_metadata=True,
-        fps=fps,
-        max_frames=max_frames,
     )
-    (metadata,), (indices,), (times,) = (
-        inputs.pop("video_metadata"),
-        inputs.pop("frame_indices"),
-        inputs["frame_times"],
-    )
-    room = _check_context(model, inputs["input_ids"].shape[1], len(times))
-    outputs = model.generate(
-        **inputs.to(model.device),
-        max_new_tokens=min(max_new_tokens, room),
-        do_sample=False,
-        return_dict_in_generate=True,
-    )
-    (answer,) = processor.post_process(outputs)
-    rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else fps or processor.video_processor.fps
+    outputs = _generate(model, inputs, max_new_tokens)
+    first = [clip.frame_indices.index(part.frame_indices[0]) for _, part in parts]
+    outputs.matches = [
+        [replace(match, seconds=clip.frame_times[at + match.frame]) for match in matches]
+        for at, matches in zip(first, outputs.matches, strict=True)
+    ]
+    answers = processor.post_process(outputs)
+    for at, answer in zip(first, answers, strict=True):
+        answer["answer"], answer["frames"] = answer.pop("text"), [at + frame for frame in answer["frames"]]
+    windows = [
+        {"start": start, "end": start + part.metadata["duration"], **{key: answer[key] for key in WINDOW_KEYS}}
+        for (start, part), answer in zip(parts, answers, strict=True)
+    ]
     return {
-        "answer": answer.pop("text"),
-        **answer,
-        "duration": metadata["duration"],
-        "fps": rate,
-        "num_frames": len(times),
-        "frame_indices": indices,
-        "frame_times": times,
+        "answer": "\n".join(f"[{part['start']:g} - {part['end']:g} s] {part['answer']}" for part in windows),
+        **{key: [value for answer in answers for value in answer[key]] for key in LIST_KEYS},
+        "spans": merge_spans([span for part in windows for span in part["spans"]]),
+        "windows": windows,
+        **_sampling(clip, fps, processor),
     }
 
 
-def _check_context(model, prompt_length: int, num_frames: int) -> int:
-    limit = model.config.text_config.max_position_embeddings
-    if prompt_length >= limit:
-        raise ValueError(
-            f"The prompt takes {prompt_length} tokens, {num_frames} of them frames; the model reads at most {limit}: "
-            "lower --fps or set --max-frames."
+def merge_spans(spans: list[list[float]]) -> list[list[float]]:
+    """The union of `[start, end]` spans in seconds, in order; a reversed one counts as if its ends were swapped."""
+    merged = []
+    for start, end in sorted(sorted(span) for span in spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([start, end])
+    return merged
+
+
+class Chat:
+    """
+    A conversation about one clip, whose frames are encoded once.
+
+    Args:
+        model, processor: see [`load`].
+        video: see [`ask`].
+        fps, max_frames: see [`ask`].
+        reinsert_clip (`bool`, *optional*, defaults to `True`): whether every turn shows the clip again, compressed for
+            its own question, as the model was trained; else later turns keep the frames as they are.
+    """
+
+    def __init__(self, model, processor, video, fps=None, max_frames=None, reinsert_clip: bool = True):
+        self.model, self.processor, self.reinsert_clip = model, processor, reinsert_clip
+        self.clip = _encoded(model, processor, video, fps, max_frames)
+        self.fps = fps
+        self.messages, self.times = [], []
+
+    def ask(self, question: str, src: list[float] | None = None, max_new_tokens: int = 2048) -> dict:
+        """One turn: arguments, result and errors as [`ask`]'s. One that raises leaves the conversation as it was."""
+        if src and not self.model.config.use_matching:
+            raise ValueError("--src gives times, but this model was trained without <vid> matching.")
+        messages = [*self.messages, _user(question, None if self.messages else self.clip)]
+        times = [*self.times, *(src or [])]
+        inputs = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            src=times,
+            reinsert_clips=self.reinsert_clip,
         )
-    return limit - prompt_length
+        (answer,) = self.processor.post_process(_generate(self.model, inputs, max_new_tokens))
+        answer = {"answer": answer.pop("text"), **answer}
+        self.messages = [*messages, {"role": "assistant", "content": answer.pop("raw_text")}]
+        self.times = [*times, *answer["timestamps"]]
+        return answer | _sampling(self.clip, self.fps, self.processor)
+
+
+def _encoded(model, processor, video, fps: float | None, max_frames: int | None) -> EncodedClip:
+    if isinstance(video, EncodedClip):
+        return video
+    return processor.encode(video, model, fps=fps, max_frames=max_frames)
+
+
+def _user(question: str, clip: EncodedClip | None) -> dict:
+    shown = [{"type": "video", "video": clip}] if clip is not None else []
+    return {"role": "user", "content": [*shown, {"type": "text", "text": question}]}
+
+
+def _generate(model, inputs, max_new_tokens: int):
+    prompt_length, limit = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+    if prompt_length >= limit:
+        frames = sum(map(len, inputs["frame_times"]))
+        raise ValueError(
+            f"The prompt takes {prompt_length} tokens, {frames} of them frames; the model reads at most {limit}: "
+            "lower --fps or set --max-frames or --window."
+        )
+    return model.generate(
+        **inputs.to(model.device),
+        max_new_tokens=min(max_new_tokens, limit - prompt_length),
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+
+
+def _sampling(clip: EncodedClip, fps: float | None, processor) -> dict:
+    times = clip.frame_times
+    return {
+        "duration": clip.metadata["duration"],
+        "fps": (len(times) - 1) / times[-1] if len(times) > 1 else fps or processor.video_processor.fps,
+        "num_frames": len(times),
+        "frame_indices": clip.frame_indices,
+        "frame_times": times,
+    }
 
 
 class _quiet:

@@ -6,6 +6,7 @@ travels with every saved model, so it imports only its neighbours and public pac
 
 import os
 import re
+from dataclasses import dataclass
 
 import torch
 from transformers import AddedToken, BatchFeature, ProcessorMixin
@@ -22,6 +23,35 @@ VIDEO_KWARGS = ("fps", "num_frames", "max_frames", "video_metadata")
 TOKENIZER_KWARGS = ("padding", "padding_side", "max_length", "truncation", "pad_to_multiple_of", "add_special_tokens")
 CALL_KWARGS = (*VIDEO_KWARGS, *TOKENIZER_KWARGS, "return_metadata")
 SPAN = re.compile(r"<vid>\s*(?:-|–|—|to|until|till)\s*<vid>|between\s+<vid>\s+and\s+<vid>", re.IGNORECASE)
+
+
+@dataclass(eq=False)
+class EncodedClip:
+    """
+    A clip whose frames have passed the vision encoder. Stands wherever a clip can, for any number of questions.
+
+    Args:
+        vision_features (`torch.FloatTensor` of shape `(T, patches, C)`): what `get_vision_features` returned.
+        frame_times (`list` of `float`): seconds of each frame since the first.
+        frame_indices (`list` of `int`): numbers of the frames in the source.
+        metadata (`dict`): the video processor's entry about the source.
+    """
+
+    vision_features: torch.FloatTensor
+    frame_times: list[float]
+    frame_indices: list[int]
+    metadata: dict
+
+    def window(self, start: float, end: float) -> "EncodedClip":
+        """The frames from `start` up to `end` (seconds), as a clip of its own that begins at 0."""
+        kept = [index for index, time in enumerate(self.frame_times) if start <= time < end]
+        times = [self.frame_times[index] for index in kept]
+        return EncodedClip(
+            vision_features=self.vision_features[kept],
+            frame_times=[time - times[0] for time in times],
+            frame_indices=[self.frame_indices[index] for index in kept],
+            metadata=self.metadata | {"duration": min(end, self.metadata["duration"]) - start},
+        )
 
 
 class ETChatProcessor(ProcessorMixin):
@@ -118,10 +148,9 @@ class ETChatProcessor(ProcessorMixin):
         data, metadata = {}, {}
         sizes = []
         if clips:
-            frames = self.video_processor(clips, **video_kwargs)
-            data = {key: frames[key] for key in ("pixel_values", "frame_times")}
+            data = dict(self._frames(clips, video_kwargs))
             data["placeholder_clips"] = placeholder_clips
-            metadata = {key: frames[key] for key in ("frame_indices", "video_metadata")}
+            metadata = {key: data.pop(key) for key in ("frame_indices", "video_metadata")}
             questions = self._arrange_questions(qformer_text, counts, single=isinstance(text, str))
             data |= self._tokenize_questions(questions, placeholder_clips, data["frame_times"])
             sizes = [len(times) for times in data["frame_times"]]
@@ -138,6 +167,36 @@ class ETChatProcessor(ProcessorMixin):
         if return_metadata:
             data |= metadata
         return BatchFeature({**tokens, **data})
+
+    def _frames(self, clips: list, video_kwargs: dict) -> dict:
+        encoded = [clip for clip in clips if isinstance(clip, EncodedClip)]
+        if not encoded:
+            return self.video_processor(clips, **video_kwargs)
+        if len(encoded) < len(clips):
+            raise ValueError(f"{len(encoded)} of {len(clips)} clips are encoded; encode all of a call, or none.")
+        return {
+            "vision_features": torch.cat([clip.vision_features for clip in encoded]),
+            "frame_times": [clip.frame_times for clip in encoded],
+            "frame_indices": [clip.frame_indices for clip in encoded],
+            "video_metadata": [clip.metadata for clip in encoded],
+        }
+
+    def encode(self, clip, model, **video_kwargs) -> EncodedClip:
+        """
+        Reads a clip and passes it through the model's vision encoder, once for any number of questions.
+
+        Args:
+            clip: see [`ETChatVideoProcessor`].
+            model ([`ETChatForConditionalGeneration`]): whose encoder and device are used.
+            video_kwargs: `fps`, `num_frames`, `max_frames`, `video_metadata`.
+        """
+        frames = self.video_processor([clip], **video_kwargs)
+        return EncodedClip(
+            vision_features=model.get_vision_features(frames["pixel_values"].to(model.device)),
+            frame_times=frames["frame_times"][0],
+            frame_indices=frames["frame_indices"][0],
+            metadata=frames["video_metadata"][0],
+        )
 
     @staticmethod
     def _arrange_questions(qformer_text, counts: list[int], single: bool) -> list[str]:
@@ -193,6 +252,7 @@ class ETChatProcessor(ProcessorMixin):
         return_tensors: str | None = "pt",
         return_assistant_tokens_mask: bool = False,
         src: list | None = None,
+        reinsert_clips: bool = False,
         processor_kwargs: dict | None = None,
         **kwargs,
     ):
@@ -206,6 +266,9 @@ class ETChatProcessor(ProcessorMixin):
             return_assistant_tokens_mask (`bool`, *optional*, defaults to `False`):
                 Whether to add `assistant_masks` `(B, L)`: 1 for the assistant's text and end-of-turn token.
             src (`list`, *optional*): time of each `<vid>` of the conversation in order, in seconds; see `__call__`.
+            reinsert_clips (`bool`, *optional*, defaults to `False`):
+                Whether a user's message without a clip shows the clips of the one before again, as the model was
+                trained: their frames are then compressed for its question, too.
             processor_kwargs (`dict`, *optional*):
                 Arguments of `__call__`; those among `kwargs` are recognised too, all others go to the template.
 
@@ -218,6 +281,8 @@ class ETChatProcessor(ProcessorMixin):
         """
         single = isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
+        if reinsert_clips:
+            conversations = list(map(_with_clips_again, conversations))
         call_kwargs = {key: kwargs.pop(key) for key in CALL_KWARGS if key in kwargs} | (processor_kwargs or {})
         prompts, generated = render_jinja_template(
             conversations=[[_without_clips(message) for message in messages] for messages in conversations],
@@ -252,6 +317,7 @@ class ETChatProcessor(ProcessorMixin):
             `list` of `dict`, one per sequence:
 
             - **text** (`str`): the answer, each `<vid>` replaced by its seconds, rounded to 0.1.
+            - **raw_text** (`str`): the answer with its `<vid>`, as a later turn of the conversation repeats it.
             - **timestamps** (`list` of `float`): the exact seconds of each `<vid>`.
             - **spans** (`list` of `[float, float]`): those that the text joins, as "`<vid>` - `<vid>`", in the order
               given.
@@ -280,6 +346,7 @@ class ETChatProcessor(ProcessorMixin):
         times = iter(seconds)
         return {
             "text": re.sub(VID_TOKEN, lambda found: _format_seconds(next(times, None)), template),
+            "raw_text": template,
             "timestamps": seconds,
             "spans": [[seconds[i] for i in pair] for pair in inside if pair[-1] < len(seconds)],
             "confidences": [float(match.probabilities[match.frame]) for match in matches],
@@ -354,6 +421,20 @@ def _without_clips(message: dict) -> dict:
     return {**message, "content": parts}
 
 
+def _with_clips_again(messages: list[dict]) -> list[dict]:
+    shown, result = [], []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if message["role"] == "user":
+            clips = [part for part in parts if _is_clip(part)]
+            if not clips:
+                message = {**message, "content": [*shown, *parts]}
+            shown = clips or shown
+        result.append(message)
+    return result
+
+
 def _clips(messages: list[dict]) -> list:
     clips = []
     for message in messages:
@@ -409,4 +490,4 @@ def _pairs(values) -> list:
     return values.tolist() if isinstance(values, torch.Tensor) else values
 
 
-__all__ = ["ETChatProcessor"]
+__all__ = ["ETChatProcessor", "EncodedClip"]

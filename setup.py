@@ -16,18 +16,25 @@ REQUIRES = [
     "av>=14",  # video decoding on every platform, and the index of each file's real frame times
     "decord>=0.6; platform_machine == 'x86_64' or platform_machine == 'AMD64'",  # faster decoding; no wheels elsewhere
     "typer>=0.16",  # command line
-    "rich>=14",  # progress bars and tables
+    "rich>=14",  # tables
+    "tqdm>=4.66",  # progress bars
 ]
 TRAIN = [
     "peft>=0.17",  # LoRA
     "datasets>=4.0",  # streamed annotations
+    "pyyaml>=6",  # stage files of `etchat data check`
     "trl>=1.0",  # TrlParser: YAML files with overrides on the command line
 ]
-EVAL = []
-APP = []
+EVAL = [
+    "sentence-transformers>=5",  # the public MiniLM encoder, for unclear choices and caption similarity
+    "pycocoevalcap>=1.2",  # CIDEr and ROUGE-L as the field computes them, in pure Python
+    "nltk>=3.9",  # METEOR without Java
+]
+APP = []  # the browser app will need a server; until it is there the extra is empty
 DEV = [
     "pytest>=8",  # test runner
     "ruff>=0.14",  # lint and format
+    "imageio-ffmpeg>=0.6",  # FFmpeg's own listing of frames and times, which the video tests compare with
 ]
 
 setup(
@@ -41,6 +48,12 @@ setup(
     packages=find_packages(include=["etchat_hf", "etchat_hf.*"]),
     package_data={"etchat_hf.chat_templates": ["*.jinja"]},
     install_requires=REQUIRES,
-    extras_require={"train": TRAIN, "eval": EVAL, "app": APP, "dev": [*DEV, *TRAIN, *EVAL], "all": [*TRAIN, *EVAL, *APP]},
+    extras_require={
+        "train": TRAIN,
+        "eval": EVAL,
+        "app": APP,
+        "dev": [*DEV, *TRAIN, *EVAL],
+        "all": [*TRAIN, *EVAL, *APP],
+    },
     entry_points={"console_scripts": ["etchat = etchat_hf.cli:main"]},
 )

@@ -1,0 +1,92 @@
+"""Charades-STA: finding the moment that a sentence describes.
+
+Data and metric: Gao et al., "TALL: Temporal Activity Localization via Language Query", ICCV 2017.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .answers import flatten_spans, is_number
+from .metrics import mean, pairwise_iou
+from .predictions import Problems, check_rows, default_names, note_doubles, require
+
+THRESHOLDS = (0.3, 0.5, 0.7)
+
+
+def _read_prediction(row: dict, name: str, problems: Problems) -> list[float] | None:
+    """Returns the predicted span as it comes, or None unless it is exactly two matched frames."""
+    if "pred" not in row:
+        problems.note("missing answer", name)
+        return None
+    prediction = row["pred"]
+    if prediction is None:
+        return None
+    if not isinstance(prediction, list | tuple) or not all(map(is_number, prediction)):
+        problems.note("answer is not numbers", f"{name}: {prediction!r:.60}")
+        return None
+    return list(prediction) if len(prediction) == 2 else None
+
+
+def _read_target(row: dict, name: str) -> list[float]:
+    value = require(row, name, "span", list)
+    try:
+        spans = flatten_spans(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: field 'span' is {value!r:.100}: {error}") from error
+    if len(spans) != 1:
+        raise ValueError(f"{name}: field 'span' should be one span, got {value!r:.100}")
+    return list(spans[0])
+
+
+def score_charades(
+    rows: Sequence[dict], names: Sequence[str] | None = None
+) -> tuple[list[float], list[list[float] | None], Problems]:
+    """Scores Charades-STA predictions one by one; arguments and errors as `evaluate_charades`.
+
+    Returns:
+        IoU per row; predicted span per row, None where failed; and the problems.
+    """
+    names = default_names(rows) if names is None else names
+    check_rows(rows, names)
+    problems = Problems()
+    note_doubles(rows, names, ("vid", "query", "span"), problems)
+    targets = [_read_target(row, name) for row, name in zip(rows, names, strict=True)]
+    predictions = [_read_prediction(row, name, problems) for row, name in zip(rows, names, strict=True)]
+    # float32 decides ties with a threshold, as in the published figures: 7 / 10 falls just below 0.7.
+    ious = [
+        float(pairwise_iou([prediction], [target], np.float32)[0, 0]) if prediction else 0.0
+        for prediction, target in zip(predictions, targets, strict=True)
+    ]
+    if all(prediction is None for prediction in predictions):
+        problems.note("not one answer could be read", f"all {len(rows)} rows")
+    return ious, predictions, problems
+
+
+def summarize_charades(ious: Sequence[float], predictions: Sequence[list[float] | None], problems: Problems) -> dict:
+    """Summarizes scored predictions; returns what `evaluate_charades` does."""
+    recall = {f"R1@{t}": mean([float(iou >= t) for iou in ious]) for t in THRESHOLDS}
+    return {
+        **recall,
+        "mIoU": mean(ious),
+        "failed": sum(prediction is None for prediction in predictions),
+        "total": len(ious),
+        "problems": dict(problems),
+    }
+
+
+def evaluate_charades(rows: Sequence[dict], names: Sequence[str] | None = None) -> dict:
+    """Computes recall at one and mean IoU on Charades-STA (Gao et al., ICCV 2017).
+
+    Args:
+        rows: `{"vid", "query", "span": [start, end], "pred": matched times or None, ..}`, seconds. A prediction
+            that is not exactly two times has failed, a reversed one overlaps nothing; both count with IoU 0.
+        names: How to name each row in messages; by default its position.
+
+    Returns:
+        `R1@0.3`, `R1@0.5`, `R1@0.7` and `mIoU` in [0, 1]; `failed`, `total`; `problems` `{kind: [rows]}`.
+
+    Raises:
+        ValueError: If there is nothing to score or an annotation is broken, naming row, field and value.
+    """
+    return summarize_charades(*score_charades(rows, names))

@@ -1,0 +1,152 @@
+"""E.T. Chat as a model of lmms-eval: `lmms-eval --model etchat --model_args pretrained=MODEL`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from ....inference import load
+from ...answering import answer_batch, write_prompt
+from ...clips import Clip, read_clip
+from ...tasks import Request
+
+MAX_NEW_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request of lmms-eval in our terms.
+
+    Attributes:
+        path: The video or image it is about.
+        request: What it asks.
+        max_new_tokens: Longest answer.
+        stops: Texts at the first of which the answer ends.
+    """
+
+    path: str
+    request: Request
+    max_new_tokens: int
+    stops: list[str]
+
+
+class ETChat(lmms):
+    """
+    E.T. Chat. Answers are greedy, and so reproducible; each request is about one video or image file.
+
+    Any task that gives such files as visuals can be run. A doc of a task may also hold `etchat`, fields of `Request`
+    that lmms-eval has no place for, such as the seconds of each `<vid>` of the question.
+
+    Args:
+        pretrained: Folder or Hub id of a converted checkpoint.
+        dtype: See `etchat_hf.inference.load`.
+        device: As for `torch.device`; by default each process of `accelerate launch` takes its own.
+        batch_size: The most requests answered at once.
+        fps, max_frames: Replace the video processor's.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        fps: float | None = None,
+        max_frames: int | None = None,
+    ):
+        super().__init__()
+        self.accelerator = Accelerator()
+        self.device = torch.device(device) if device else self.accelerator.device
+        self.model, self.processor = load(pretrained, dtype, str(self.device))
+        self.batch_size, self.fps, self.max_frames = int(batch_size), fps, max_frames
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """
+        Answers requests, sorted by video so that each passes the vision encoder once.
+
+        Raises:
+            OSError, ValueError: If a video cannot be read, or a request asks what the model cannot do.
+        """
+        questions = [self._read(request) for request in requests]
+        order = sorted(range(len(questions)), key=lambda index: questions[index].path)
+        answers = [""] * len(questions)
+        clips: dict[str, Clip] = {}
+        for start in tqdm(range(0, len(order), self.batch_size), desc="E.T. Chat", disable=self.rank != 0):
+            batch = order[start : start + self.batch_size]
+            paths = dict.fromkeys(questions[index].path for index in batch)
+            # Of the batch before only clips that this one shares are kept: memory stays bounded.
+            clips = {path: clips[path] if path in clips else self._encode(path) for path in paths}
+            for index, answer in zip(batch, self._answer([questions[i] for i in batch], clips), strict=True):
+                answers[index] = answer
+        return answers
+
+    def _read(self, request: Instance) -> Question:
+        context, generation_kwargs, doc_to_visual, doc_id, task, split = request.args
+        doc = self.task_dict[task][split][doc_id]
+        visuals = doc_to_visual(doc) or []
+        if len(visuals) != 1 or not isinstance(visuals[0], str):
+            kinds = [type(visual).__name__ for visual in visuals]
+            raise ValueError(f"{task} doc {doc_id} shows {kinds}; E.T. Chat takes the path of one video or image")
+        _check_greedy(generation_kwargs, task)
+        fields = dict(doc.get("etchat") or {})
+        if "repetition_penalty" in generation_kwargs:
+            fields["repetition_penalty"] = generation_kwargs["repetition_penalty"]
+        until = generation_kwargs.get("until") or []
+        return Question(
+            path=visuals[0],
+            request=Request(videos=(visuals[0],), question=context, **fields),
+            max_new_tokens=generation_kwargs.get("max_new_tokens", MAX_NEW_TOKENS),
+            stops=[until] if isinstance(until, str) else list(until),
+        )
+
+    def _encode(self, path: str) -> Clip:
+        clip = read_clip(self.processor.video_processor, Path(path), fps=self.fps, max_frames=self.max_frames)
+        return replace(clip, frames=self.model.get_vision_features(clip.frames.to(self.device)))
+
+    def _answer(self, questions: Sequence[Question], clips: dict[str, Clip]) -> list[str]:
+        paths = list(clips)
+        prompts = [
+            write_prompt(
+                self.processor,
+                self.model.config,
+                question.request,
+                clips[question.path],
+                question.max_new_tokens,
+            )
+            for question in questions
+        ]
+        answers = answer_batch(
+            self.model,
+            self.processor,
+            prompts,
+            [paths.index(question.path) for question in questions],
+            [clips[path].frame_times for path in paths],
+            torch.cat([clips[path].frames for path in paths]),
+        )
+        return [_cut(answer.text, question.stops) for answer, question in zip(answers, questions, strict=True)]
+
+    def loglikelihood(self, requests: list[Instance]):
+        """Not there: E.T. Chat's benchmarks are all answered in text."""
+        raise NotImplementedError("etchat answers in text (generate_until); it gives no loglikelihood")
+
+    def generate_until_multi_round(self, requests: list[Instance]):
+        """Not there: E.T. Chat's benchmarks ask one question at a time."""
+        raise NotImplementedError("etchat answers one question at a time (generate_until)")
+
+
+def _check_greedy(generation_kwargs: dict, task: str) -> None:
+    sampled = generation_kwargs.get("do_sample")
+    if sampled is None:
+        sampled = (generation_kwargs.get("temperature") or 0) > 0
+    if sampled or (generation_kwargs.get("num_beams") or 1) > 1:
+        raise ValueError(f"{task} asks for {generation_kwargs}; etchat answers greedily: do_sample=False, num_beams=1")
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    ends = [text.find(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends)] if ends else text

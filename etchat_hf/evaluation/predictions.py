@@ -1,0 +1,175 @@
+"""Prediction files: annotation rows with the model's answer added as `a`, and what can be wrong with them."""
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+METRICS_FILE = "metrics.json"
+# What `etchat infer` writes.
+PREDICTIONS_FILE = "predictions.json"
+FAILURES_FILE = "failures.json"
+# 2,048 tokens are some 10,000 characters: far above that, something else than an answer was stored.
+HUGE = 100_000
+
+
+class Problems(dict):
+    """Rows that are not as they should be: `{kind: [row names]}`. They are counted and shown, never lost."""
+
+    def note(self, kind: str, name: str) -> None:
+        """Files a row under a kind of problem."""
+        self.setdefault(kind, []).append(name)
+
+
+def default_names(rows: Sequence[dict]) -> list[str]:
+    """Names rows by their position, for messages."""
+    return [f"row {i}" for i in range(len(rows))]
+
+
+def check_rows(rows: Sequence[dict], names: Sequence[str]) -> None:
+    """Checks that there are rows and that each is a dict.
+
+    Raises:
+        ValueError: If not, naming the first bad row.
+    """
+    if not rows:
+        raise ValueError("there are no predictions to score")
+    for row, name in zip(rows, names, strict=True):
+        if not isinstance(row, dict):
+            raise ValueError(f"{name}: expected an object with an annotation and its answer, got {row!r:.100}")
+
+
+def require(row: dict, name: str, key: str, kind: type) -> object:
+    """Returns a field of an annotation.
+
+    Raises:
+        ValueError: If the field is missing or of another type.
+    """
+    if key not in row:
+        raise ValueError(f"{name}: field {key!r} is missing")
+    if not isinstance(row[key], kind) or isinstance(row[key], bool):
+        raise ValueError(f"{name}: field {key!r} should be {kind.__name__}, got {row[key]!r:.100}")
+    return row[key]
+
+
+def get_answer(row: dict, name: str, problems: Problems) -> str:
+    """Returns a row's answer `a`; one that is missing or no text is noted as a problem and read as an empty answer."""
+    if row.get("a") is None:
+        problems.note("missing answer", name)
+        return ""
+    if not isinstance(row["a"], str):
+        problems.note("answer is not text", f"{name}: {row['a']!r:.60}")
+        return ""
+    if len(row["a"]) > HUGE:
+        problems.note("huge answer", f"{name}: {len(row['a']):,} characters")
+    return row["a"]
+
+
+def note_doubles(rows: Sequence[dict], names: Sequence[str], fields: Sequence[str], problems: Problems) -> None:
+    """Notes rows that agree in all the identifying fields with an earlier one; each still counts."""
+    seen: dict[str, str] = {}
+    for row, name in zip(rows, names, strict=True):
+        key = json.dumps([row.get(field) for field in fields], sort_keys=True)
+        if key in seen:
+            problems.note("answered more than once", f"{name} repeats {seen[key]}")
+        else:
+            seen[key] = name
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.glob("*.json") if file.name not in (METRICS_FILE, FAILURES_FILE))
+    if not files:
+        raise ValueError(f"{path}: no prediction files (*.json) in this folder")
+    return files
+
+
+def read_json(path: str | Path) -> object:
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: If it is not JSON in UTF-8.
+        OSError: If it cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error})") from error
+
+
+def load_predictions(paths: Sequence[str | Path]) -> tuple[list[dict], list[str]]:
+    """Reads prediction files, each a JSON array of rows.
+
+    Args:
+        paths: Files, or folders whose `*.json` files are read, except for our own `metrics.json` and `failures.json`.
+
+    Returns:
+        The rows of all files, and per row its name for messages: file, position, and idx where it has one.
+
+    Raises:
+        ValueError: If a file is no JSON array, or a folder holds no file.
+        OSError: If a file cannot be read.
+    """
+    rows, names = [], []
+    for file in (file for path in paths for file in _files(Path(path))):
+        part = read_json(file)
+        if not isinstance(part, list):
+            raise ValueError(f"{file}: expected a JSON array of rows, got {type(part).__name__}")
+        for i, row in enumerate(part):
+            label = f" (idx {row['idx']})" if isinstance(row, dict) and "idx" in row else ""
+            names.append(f"{file} row {i}{label}")
+            rows.append(row)
+    return rows, names
+
+
+def read_failures(paths: Sequence[str | Path]) -> Problems:
+    """Reads which rows inference could not answer, and why, from the `failures.json` beside its `predictions.json`.
+
+    Args:
+        paths: As for `load_predictions`.
+
+    Returns:
+        The problem "failed inference", if there is one.
+
+    Raises:
+        ValueError: If that file is not what inference writes.
+    """
+    problems = Problems()
+    folders = [path if path.is_dir() else path.parent for path in map(Path, paths) if _is_inference(path)]
+    for path in dict.fromkeys(folder / FAILURES_FILE for folder in folders):
+        failures = read_json(path)
+        if not isinstance(failures, list) or not all(isinstance(entry, dict) for entry in failures):
+            raise ValueError(f"{path}: expected a JSON array of failures")
+        for entry in failures:
+            problems.note("failed inference", f"row {entry.get('row')}: {entry.get('reason')}")
+    return problems
+
+
+def _is_inference(path: Path) -> bool:
+    if path.is_dir():
+        return (path / FAILURES_FILE).is_file()
+    return path.name == PREDICTIONS_FILE and path.with_name(FAILURES_FILE).is_file()
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Writes a text file in one step: readers see the old file or the whole new one.
+
+    Args:
+        path: Where to write; missing folders are made.
+        text: The content.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,80 @@
+"""Charades-STA and MVBench: the golden figures, the rules, and bad input."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from etchat_hf.evaluation import evaluate_charades, evaluate_mvbench
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "metrics"
+
+
+def make_charades(span, prediction, vid="V"):
+    return {"vid": vid, "query": "q", "span": span, "pred": prediction, "response": ""}
+
+
+def test_charades_golden_figures():
+    result = evaluate_charades(json.loads((GOLDEN / "charades_predictions.json").read_text()))
+    expected = json.loads((GOLDEN / "charades_expected.json").read_text())
+    assert {key: result[key] for key in expected} == expected
+    assert result["problems"] == {}
+
+
+def test_charades_ties_fall_as_in_float32():
+    assert evaluate_charades([make_charades([0, 10], [0, 7])])["R1@0.7"] == 0.0
+    assert evaluate_charades([make_charades([0, 10], [0, 5])])["R1@0.5"] == 1.0
+
+
+@pytest.mark.parametrize(("prediction", "failed"), [([10, 0], 0), ([5, 5], 0), (None, 1), ([5], 1), ([0, 5, 10], 1)])
+def test_charades_answers_that_score_nothing(prediction, failed):
+    result = evaluate_charades([make_charades([0, 10], prediction), make_charades([0, 10], [0, 10], "W")])
+    assert (result["failed"], result["total"], result["mIoU"], result["R1@0.3"]) == (failed, 2, 0.5, 0.5)
+
+
+def test_charades_bad_answers_are_named():
+    rows = [make_charades([0, 10], [0, 10]), make_charades([0, 10], "0 - 10", "W"), make_charades([0, 10], [0, 10])]
+    rows.append({"vid": "X", "query": "q", "span": [0, 10]})
+    result = evaluate_charades(rows, names=list("ABCD"))
+    assert result["problems"] == {
+        "answered more than once": ["C repeats A"],
+        "answer is not numbers": ["B: '0 - 10'"],
+        "missing answer": ["D"],
+    }
+    assert (result["failed"], result["total"]) == (2, 4)
+
+
+@pytest.mark.parametrize("span", [None, [1], [5, 1], [[0, 1], [2, 3]]])
+def test_charades_broken_annotations(span):
+    with pytest.raises(ValueError, match="row 0.*'span'"):
+        evaluate_charades([make_charades(span, [0, 1])])
+
+
+def make_mvbench(answer, task="action", video="v.mp4"):
+    candidates = ["up", "down", "left"]
+    return {"task": task, "video": video, "question": "?", "candidates": candidates, "answer": "down", "a": answer}
+
+
+@pytest.mark.parametrize(
+    ("answer", "accuracy", "failed"),
+    [("B) down", 1, 0), ("(b", 1, 0), ("Best Option: (B)", 1, 0), ("C. left", 0, 0), ("", 0, 1), ("7", 0, 1)],
+)
+def test_mvbench_first_letter(answer, accuracy, failed):
+    assert evaluate_mvbench([make_mvbench(answer)])["by_task"]["action"] == {
+        "Total": 1,
+        "Failed": failed,
+        "Acc": accuracy,
+    }
+
+
+def test_mvbench_averages_tasks():
+    rows = [make_mvbench("B", video=f"{i}") for i in range(3)] + [make_mvbench("A", "state", "4")]
+    assert evaluate_mvbench(rows)["overall"] == {"Avg": 0.5}
+
+
+def test_mvbench_bad_input():
+    rows = [make_mvbench("B"), make_mvbench(None), make_mvbench("B", video="w")]
+    problems = evaluate_mvbench(rows, names=list("ABC"))["problems"]
+    assert problems == {"answered more than once": ["B repeats A"], "missing answer": ["B"]}
+    with pytest.raises(ValueError, match="row 0.*'answer' 'in'"):
+        evaluate_mvbench([{**make_mvbench("B"), "answer": "in"}])

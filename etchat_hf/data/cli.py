@@ -1,0 +1,100 @@
+"""`etchat data check`, `etchat compress` and `etchat pack`: arguments in, a report out."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+data_app = typer.Typer(no_args_is_help=True)
+
+SHARD = Annotated[int | None, typer.Option(help="Do only this part of the work, from 0; default: all.")]
+NUM_SHARDS = Annotated[int, typer.Option(help="Parts that the work is split into, e.g. over machines.")]
+PROBLEMS = 2  # exit code
+
+
+def _fail(error: Exception) -> typer.Exit:
+    print(f"error: {error}", file=sys.stderr)
+    return typer.Exit(PROBLEMS)
+
+
+def _progress(description: str):
+    from rich.console import Console
+    from rich.progress import track
+
+    return lambda items, total=None: track(items, description, total=total, console=Console(stderr=True))
+
+
+def _list_problems(problems: list[str]) -> None:
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        print(f"{len(problems)} problems", file=sys.stderr)
+        raise typer.Exit(PROBLEMS)
+
+
+@data_app.callback()
+def data() -> None:
+    """Training data."""
+
+
+@data_app.command()
+def check(
+    stage_config: Annotated[str, typer.Argument(help="YAML configuration of a stage, or a published stage's name.")],
+    data_root: Annotated[str | None, typer.Option(help="Folder that holds a published stage's files.")] = None,
+    opened: Annotated[int, typer.Option(help="Images and videos opened per source, chosen at random.")] = 50,
+) -> None:
+    """Look over a stage's data before a run; exit code 2 if something is wrong."""
+    from etchat_hf.data.check import check_stage, read_stage
+
+    try:
+        checks = check_stage(read_stage(stage_config, data_root), opened, _progress("checking rows"))
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    for found in checks:
+        print(found.report())
+    total = sum(len(found.problems) for found in checks)
+    print(f"{sum(found.kept.total() for found in checks)} rows to train on, {total} problems")
+    if total:
+        raise typer.Exit(PROBLEMS)
+
+
+def compress(
+    src: Annotated[Path, typer.Argument(help="Folder of videos.")],
+    dst: Annotated[Path, typer.Argument(help="Folder that gets the same tree, compressed.")],
+    fps: Annotated[float, typer.Option(help="Frames kept per second.")] = 3.0,
+    size: Annotated[int, typer.Option(help="Short side in pixels.")] = 224,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.")] = None,
+    shard: SHARD = None,
+    num_shards: NUM_SHARDS = 1,
+) -> None:
+    """Compress videos for training: few small frames, no sound, exact times. Goes on where it was stopped."""
+    from etchat_hf.data.compress import Compression, compress_tree
+
+    try:
+        settings = Compression(fps, size)
+        part = (0, 1) if shard is None else (shard, num_shards)
+        problems = compress_tree(src, dst, settings, *part, workers, _progress("compressing"))
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    _list_problems([f"{path}: {problem}" for path, problem in sorted(problems.items())])
+
+
+def pack(
+    annotations: Annotated[str, typer.Argument(help="JSON, JSON Lines or parquet file, glob, or Hub dataset id.")],
+    videos: Annotated[str, typer.Argument(help="Folder that the rows' videos are relative to.")],
+    dst: Annotated[Path, typer.Argument(help="Folder that gets the parquet files.")],
+    images: Annotated[str | None, typer.Option(help="Folder of the images; default: that of the videos.")] = None,
+    shard: SHARD = None,
+    num_shards: NUM_SHARDS = 1,
+) -> None:
+    """Pack annotations and media into parquet files that stream. Goes on where it was stopped."""
+    try:
+        from etchat_hf.data.pack import pack as pack_files
+    except ImportError as error:
+        raise _fail(ImportError(f"packing needs pyarrow ({error}): pip install 'etchat_hf[train]'")) from error
+    try:
+        shards = None if shard is None else [shard]
+        problems = pack_files(annotations, videos, dst, num_shards, shards, images, _progress("packing"))
+    except (ValueError, OSError) as error:
+        raise _fail(error) from error
+    _list_problems(problems)

@@ -1,0 +1,178 @@
+"""Compresses a tree of videos for training: few small frames, no sound, and the times of the originals."""
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from etchat_hf.video_decoding_etchat import open_video, sample_frame_indices
+
+VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+SETTINGS_FILE = ".etchat-compress.json"
+X264_OPTIONS = {"crf": "23", "preset": "veryfast", "threads": "1"}  # one process per file keeps the cores busy
+
+
+@dataclass(frozen=True)
+class Compression:
+    """
+    How videos are compressed.
+
+    Args:
+        fps (`float`): the most frames kept per second; slower videos keep all of theirs.
+        size (`int`): the short side, in pixels; even, as H.264 halves the colours.
+    """
+
+    fps: float = 3.0
+    size: int = 224
+
+    def __post_init__(self):
+        if not self.fps > 0:
+            raise ValueError(f"fps is {self.fps}; it must be greater than 0.")
+        if self.size < 2 or self.size % 2:
+            raise ValueError(f"size is {self.size}; it must be an even number of at least 2.")
+
+
+def check_shard(shard: int, num_shards: int) -> None:
+    """ValueError unless 0 <= shard < num_shards."""
+    if not 0 <= shard < num_shards:
+        raise ValueError(f"shard is {shard}; with num_shards {num_shards} it must be from 0 to {num_shards - 1}.")
+
+
+def compress_tree(
+    source: Path,
+    destination: Path,
+    settings: Compression,
+    shard: int = 0,
+    num_shards: int = 1,
+    workers: int | None = None,
+    progress: Callable[[Iterable, int], Iterable] = lambda results, total: results,
+) -> dict[str, str]:
+    """
+    Compresses every video below `source` to the same relative path, each of which is an MP4 file whatever its name
+    ends in. Files that are already there are passed over: each was checked before it got its name.
+
+    Args:
+        shard, num_shards (`int`): take every `num_shards`-th file, beginning with number `shard`.
+        workers (`int`, *optional*): processes; default: one per core.
+        progress: wraps the iterator over finished files; called with the number of files.
+
+    Returns:
+        `dict`: the reason for each file that could not be compressed.
+
+    Raises:
+        FileNotFoundError: if `source` holds no video.
+        ValueError: if `destination` is inside `source`, was made with other settings, or the shard does not exist.
+    """
+    check_shard(shard, num_shards)
+    if destination.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{destination}: lies inside of {source}; choose another destination.")
+    videos = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    if not videos:
+        raise FileNotFoundError(f"{source}: no videos here; give the folder that holds them.")
+    _keep_settings(destination, settings)
+    tasks = [(path, destination / path.relative_to(source)) for path in videos[shard::num_shards]]
+    tasks = [(path, output) for path, output in tasks if not output.exists()]
+    return {
+        str(path): problem
+        for path, problem in progress(_in_processes(tasks, settings, workers), len(tasks))
+        if problem is not None
+    }
+
+
+def _keep_settings(destination: Path, settings: Compression) -> None:
+    """Files made with other settings must not be mixed with the new ones unnoticed."""
+    destination.mkdir(parents=True, exist_ok=True)
+    path = destination / SETTINGS_FILE
+    if not path.exists():
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps(asdict(settings)), encoding="utf-8")
+        os.replace(partial, path)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found != asdict(settings):
+        raise ValueError(f"{destination}: holds videos compressed with {found}; choose another destination.")
+
+
+def _in_processes(tasks: list, settings: Compression, workers: int | None) -> Iterator[tuple[Path, str | None]]:
+    # Not a plain fork, which could inherit locks that decoders' threads hold
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
+        futures = {pool.submit(_attempt, path, output, settings): path for path, output in tasks}
+        yield from ((futures[future], future.result()) for future in as_completed(futures))
+
+
+def _attempt(source: Path, output: Path, settings: Compression) -> str | None:
+    try:
+        compress_video(source, output, settings)
+    except (ValueError, OSError) as error:  # FFmpeg's own errors are among these
+        return str(error)
+    return None
+
+
+def compress_video(source: Path, output: Path, settings: Compression) -> None:
+    """
+    Writes one video: the frames that are on screen every `1 / fps` seconds, at the times that they come up.
+
+    Raises:
+        ValueError, OSError: if the source cannot be read, or what was written does not hold the right frames.
+    """
+    reader = open_video(source)
+    sampled = sample_frame_indices(reader.num_frames, reader.average_fps, settings.fps, times=reader.times)
+    indices = np.unique([0, *sampled])  # times count from the first frame, so that one has to stay
+    times = reader.times[indices]
+    height, width = _scaled(reader.height, reader.width, settings.size)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        _write(partial, reader.read(indices), times, (height, width), _time_base(source))
+        _verify(partial, times, (height, width))
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
+    long = 2 * round(size * max(height, width) / min(height, width) / 2)
+    return (size, long) if height <= width else (long, size)
+
+
+def _time_base(source: Path) -> Fraction:
+    """The source's own, in which its times are whole numbers of ticks."""
+    with av.open(str(source), metadata_errors="replace") as container:
+        return container.streams.video[0].time_base
+
+
+def _write(path: Path, pictures: Iterable[np.ndarray], times: np.ndarray, size: tuple[int, int], tick: Fraction):
+    height, width = size
+    with av.open(str(path), "w", format="mp4") as container:
+        rate = Fraction(len(times) / max(float(times[-1]), 1.0)).limit_denominator(1000)
+        stream = container.add_stream("libx264", rate=max(rate, Fraction(1, 1000)), options=X264_OPTIONS)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.time_base = stream.codec_context.time_base = tick
+        for time, picture in zip(times, pictures, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = frame.reformat(width=width, height=height, format="yuv420p", interpolation="AREA")
+            frame.pts, frame.time_base = round(Fraction(time) / tick), tick
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _verify(path: Path, times: np.ndarray, size: tuple[int, int]) -> None:
+    written = open_video(path)
+    if (written.height, written.width) != size or len(written.times) != len(times):
+        raise ValueError(
+            f"what was written has {written.num_frames} frames of {written.width} x {written.height}, "
+            f"not {len(times)} of {size[1]} x {size[0]}"
+        )
+    if np.abs(written.times - times).max() > 1e-5:
+        raise ValueError("the times of what was written differ from the original's")
+    for _ in written.read(range(written.num_frames)):
+        pass

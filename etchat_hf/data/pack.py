@@ -1,0 +1,142 @@
+"""Packs annotations and their media into parquet shards, which stream from a disk or the Hub without loose files."""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from etchat_hf.data.annotations import MEDIA_COLUMN, open_annotations
+from etchat_hf.data.compress import check_shard
+from etchat_hf.data.media import locate
+from etchat_hf.data.rows import modality_of
+
+ROW_GROUP_BYTES = 1 << 20  # what reading one row costs
+ROW_GROUP_ROWS = 256
+DICTIONARY_BYTES = 1 << 30
+
+_TURN = pyarrow.struct({"from": pyarrow.string(), "value": pyarrow.string()})
+SCHEMA = pyarrow.schema(
+    {
+        "id": pyarrow.string(),
+        "image": pyarrow.string(),
+        "video": pyarrow.string(),
+        "duration": pyarrow.float64(),
+        "task": pyarrow.string(),
+        "source": pyarrow.string(),
+        "src": pyarrow.list_(pyarrow.float64()),
+        "tgt": pyarrow.list_(pyarrow.float64()),
+        "conversations": pyarrow.list_(_TURN),
+        "other": pyarrow.string(),  # all further fields, as JSON
+        MEDIA_COLUMN: pyarrow.binary(),
+    }
+)
+
+
+def pack(
+    annotations: str,
+    media_root: str,
+    destination: Path,
+    num_shards: int = 1,
+    shards: Iterable[int] | None = None,
+    image_root: str | None = None,
+    progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows,
+) -> list[str]:
+    """
+    Writes `destination/NAME-00000-of-0000N.parquet`. Each shard appears when it is complete, and shards that are there
+    are passed over. Within a shard rows are sorted by media, and rows that share media share the stored bytes.
+
+    Args:
+        annotations (`str`): as of [`DataSource`].
+        media_root (`str`): folder that videos, and images if there is no `image_root`, are relative to.
+        num_shards (`int`): shards of the whole.
+        shards (iterable of `int`, *optional*): which of them to write; default: all.
+        progress: wraps the iterator over a shard's rows; called with their number.
+
+    Returns:
+        `list` of `str`: the rows that are left out, and why.
+
+    Raises:
+        FileNotFoundError: if there are no annotations.
+        ValueError: if they are malformed, or a shard does not exist.
+    """
+    chosen = list(range(num_shards) if shards is None else shards)
+    for shard in chosen:
+        check_shard(shard, num_shards)
+    files = open_annotations(annotations)
+    destination.mkdir(parents=True, exist_ok=True)
+    stem = Path(files[0].name).stem
+    roots = {"video": media_root, "image": image_root or media_root}
+    problems = []
+    for shard in chosen:
+        path = destination / f"{stem}-{shard:05d}-of-{num_shards:05d}.parquet"
+        if path.exists():
+            continue
+        places = [(file, position) for file in files for position in range(len(file.index))][shard::num_shards]
+        rows = _sorted_by_media((f"{file.name} row {position}", file.read(position)) for file, position in places)
+        problems += _write_shard(path, progress(rows, len(rows)), roots)
+    return problems
+
+
+def _sorted_by_media(rows: Iterable[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    return sorted(rows, key=lambda entry: str(entry[1].get(modality_of(entry[1]), "")))
+
+
+def _write_shard(path: Path, rows: Iterable[tuple[str, dict]], roots: dict[str, str]) -> list[str]:
+    problems = []
+    partial = path.with_name(f".{path.name}.partial")
+    # A dictionary stores equal bytes of a row group once
+    with pyarrow.parquet.ParquetWriter(
+        partial, SCHEMA, use_dictionary=[MEDIA_COLUMN], dictionary_pagesize_limit=DICTIONARY_BYTES, compression="zstd"
+    ) as writer:
+        for group in _groups(_with_media(rows, roots, problems)):
+            writer.write_table(pyarrow.Table.from_pylist(group, schema=SCHEMA), row_group_size=len(group))
+    os.replace(partial, path)
+    return problems
+
+
+def _with_media(rows: Iterable[tuple[str, dict]], roots: dict[str, str], problems: list[str]) -> Iterator[dict]:
+    by_name = itertools.groupby(rows, key=lambda entry: (modality_of(entry[1]), entry[1].get(modality_of(entry[1]))))
+    for (modality, name), entries in by_name:
+        entries = list(entries)
+        try:
+            content = None if modality == "text" else Path(locate(roots[modality], name)).read_bytes()
+        except (ValueError, OSError) as error:
+            problems += [f"{place}: {error}" for place, _ in entries]
+            continue
+        for place, row in entries:
+            try:
+                yield _columns(row) | {MEDIA_COLUMN: content}
+            except ValueError as error:
+                problems.append(f"{place}: {error}")
+
+
+def _columns(row: dict) -> dict:
+    """The row as the schema has it; ValueError if a field does not fit."""
+    known = {name: row.get(name) for name in SCHEMA.names if name not in ("other", MEDIA_COLUMN)}
+    other = {name: value for name, value in row.items() if name not in known}
+    known["id"] = None if row.get("id") is None else str(row["id"])
+    known["other"] = json.dumps(other) if other else None
+    try:
+        pyarrow.Table.from_pylist([known], schema=SCHEMA)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise ValueError(f"a field is of another type than the others' ({error})") from error
+    return known
+
+
+def _groups(rows: Iterable[dict]) -> Iterator[list[dict]]:
+    """Row groups of about `ROW_GROUP_BYTES`, in which shared bytes count once."""
+    group, size, last = [], 0, None
+    for row in rows:
+        content = row[MEDIA_COLUMN]
+        added = 0 if content is last or content is None else len(content)
+        if group and (size + added > ROW_GROUP_BYTES or len(group) == ROW_GROUP_ROWS):
+            yield group
+            group, size, added = [], 0, len(content or b"")
+        group.append(row)
+        size, last = size + added, content
+    if group:
+        yield group

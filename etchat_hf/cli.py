@@ -9,6 +9,9 @@ import typer
 from typer.core import TyperCommand
 
 from etchat_hf.conversion.cli import convert
+from etchat_hf.data.cli import compress, data_app, pack
+from etchat_hf.evaluation.cli import app as evaluate_app
+from etchat_hf.evaluation.infer_cli import app as infer_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -112,6 +115,11 @@ def verify(
 
 
 app.command()(convert)
+app.command()(compress)
+app.command()(pack)
+app.add_typer(data_app, name="data")
+app.add_typer(infer_app, name="infer")
+app.add_typer(evaluate_app, name="evaluate")
 
 
 def main(args: Sequence[str] | None = None) -> None:

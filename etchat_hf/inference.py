@@ -15,6 +15,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SHOWN_KEYS = 3
 WINDOW_KEYS = ("answer", "timestamps", "spans")
 LIST_KEYS = ("timestamps", "confidences", "frames")
+TEXT_ROOM = (
+    512  # tokens of the context that frames leave free by default: 256 for the prompt's text, 256 for the answer
+)
 
 
 def load(model: str | Path, dtype: str = "auto", device: str | None = None):
@@ -109,7 +112,8 @@ def ask(
         question (`str`): the question, with `<vid>` where a time of `src` belongs.
         src (`list` of `float`, *optional*): seconds of each `<vid>` of the question, in order.
         fps (`float`, *optional*): frames sampled per second; default: as the model was trained.
-        max_frames (`int`, *optional*): budget that lowers the rate for longer videos.
+        max_frames (`int`, *optional*): budget that lowers the rate for longer videos, with a warning; default: what
+            fits the model's context beside some text.
         max_new_tokens (`int`, *optional*, defaults to 2048): longest answer.
 
     Returns:
@@ -207,6 +211,7 @@ class Chat:
 
     def __init__(self, model, processor, video, fps=None, max_frames=None, reinsert_clip: bool = True):
         self.model, self.processor, self.reinsert_clip = model, processor, reinsert_clip
+        max_frames = frames_that_fit(model, processor) if max_frames is None else max_frames
         self.clip = _encoded(model, processor, video, fps, max_frames)
         self.fps = fps
         self.messages, self.times = [], []
@@ -230,6 +235,13 @@ class Chat:
         self.messages = [*messages, {"role": "assistant", "content": answer.pop("raw_text")}]
         self.times = [*times, *answer["timestamps"]]
         return answer | _sampling(self.clip, self.fps, self.processor)
+
+
+def frames_that_fit(model, processor) -> int:
+    """How many frames a question may be about: the processor's own limit, and what the context has room for."""
+    context = model.config.text_config.max_position_embeddings
+    room = context - min(TEXT_ROOM, context // 2)
+    return min(room, processor.video_processor.max_frames or room)
 
 
 def _encoded(model, processor, video, fps: float | None, max_frames: int | None) -> EncodedClip:

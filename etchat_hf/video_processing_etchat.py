@@ -1,8 +1,12 @@
 """Turning videos, images and frames into what the model sees: pixel values, and the second each frame belongs to."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
 import PIL.Image
@@ -15,9 +19,13 @@ from transformers.video_processing_utils import VideoProcessorMixin
 
 from .video_decoding_etchat import (
     BACKENDS,
+    Source,
     VideoReader,
-    check_file,
+    check_counts,
     check_positive,
+    is_source,
+    is_torchcodec_decoder,
+    one_line,
     open_video,
     rate_and_duration,
     sample_frame_indices,
@@ -38,7 +46,14 @@ SERVICE_KEYS = {
     "video_processor_type",
 }
 
-Picture = str | os.PathLike | PIL.Image.Image | np.ndarray | torch.Tensor
+# Exif's field for the camera's position, and its values that swap width and height.
+ORIENTATION = 0x0112
+LYING = (5, 6, 7, 8)
+
+# This many pictures wait for being resized while the next ones are decoded.
+LOOK_AHEAD = 2
+
+Picture = str | os.PathLike | bytes | BinaryIO | Mapping[str, Any] | PIL.Image.Image | np.ndarray | torch.Tensor
 Clip = Picture | Sequence[Picture]
 
 
@@ -65,10 +80,11 @@ class ETChatVideoProcessor(VideoProcessorMixin):
         image_mean, image_std: per RGB channel, of pixels in [0, 1].
         fps: frames sampled per second of video; `None` means 1.0 where `num_frames` is not set.
         num_frames: frames sampled per clip, evenly over all of it, instead of `fps`; a clip of fewer repeats some.
-        max_frames: the most frames per clip; the sampling rate of longer ones is lowered.
+        max_frames: the most frames per clip; the sampling rate of longer ones is lowered, with a warning.
         do_sample_frames: `False` takes every frame of every clip.
         pad_to_square: pad frames to a square with the mean colour instead of cropping what is outside of one.
-        decoder: "pyav", "decord", or `None` for the first of these that is installed.
+        decoder: "pyav", "torchcodec", "decord", or `None` for the first of these that is installed and reads the
+            file.
 
     Raises:
         ValueError: a value is impossible, or both `fps` and `num_frames` are set.
@@ -96,7 +112,8 @@ class ETChatVideoProcessor(VideoProcessorMixin):
         super().__init__(**kwargs)
         if fps is not None and num_frames is not None:
             raise ValueError("fps and num_frames exclude each other; pass num_frames with fps=None")
-        check_positive(fps=fps, num_frames=num_frames, max_frames=max_frames)
+        check_positive(fps=fps)
+        check_counts(num_frames=num_frames, max_frames=max_frames)
         if len(image_mean) != 3 or len(image_std) != 3:
             raise ValueError(f"image_mean and image_std need three values each, not {image_mean} and {image_std}")
         if decoder is not None and decoder not in BACKENDS:
@@ -125,20 +142,24 @@ class ETChatVideoProcessor(VideoProcessorMixin):
         """What `processor(videos, ...)` runs.
 
         Args:
-            videos: a list of clips; a path, PIL image, array or tensor that is not in a list is one clip. A clip is
+            videos: a list of clips; what is not in a list is one clip. A clip is
 
-                - a path of a video file, or of an image file (a clip of one frame);
+                - a video, or an image (a clip of one frame), given as a path, as a URL (`https://`, `hf://`, or any
+                  other that fsspec knows), as `bytes`, as a binary file object, or as `{"path": ..., "bytes": ...}`
+                  (a row of an undecoded `datasets` column);
+                - a `torchcodec.decoders.VideoDecoder` (a row of a decoded one): slower than undecoded rows, as all of
+                  it is decoded once more for the frames' times;
                 - a PIL image;
                 - a uint8 array or tensor of RGB frames (T, H, W, 3) or (T, 3, H, W), or of one image (H, W, 3) or
                   (3, H, W); a last side of 3 is taken for the channels;
-                - a list of images: paths, PIL images, uint8 arrays or tensors, all of the same size.
+                - a list of images, each given in one of these ways, all of the same size.
             fps, num_frames, max_frames, do_sample_frames: replace the constructor's for this call; `fps` and
                 `num_frames` each replace both.
-            video_metadata: one entry per clip, `None` for files and single images. Several frames that are not in a
-                video file need a time base: `{"fps": F}` (they are sampled as a video of that rate would be),
+            video_metadata: one entry per clip, `None` for videos and single images. Several frames that are not in a
+                video need a time base: `{"fps": F}` (they are sampled as a video of that rate would be),
                 `{"frame_times": [seconds, ...]}` (already sampled: fewer are taken only to satisfy `num_frames` or
-                `max_frames`, and the times are kept as they are), or a transformers `VideoMetadata` with `fps`, and
-                with `frames_indices` if the frames are already sampled.
+                `max_frames`), or a transformers `VideoMetadata` with `fps`, and with `frames_indices` if the frames
+                are already sampled. Times count from the first frame given, as in files: [10, 12] means [0, 2].
             return_tensors: "pt"; `None` means the same.
 
         Returns:
@@ -153,18 +174,14 @@ class ETChatVideoProcessor(VideoProcessorMixin):
 
         Raises:
             FileNotFoundError: a file does not exist.
+            OSError: a URL cannot be read.
             ValueError: a clip cannot be read, has an unsuitable shape or dtype, or lacks a time base; or an option is
                 impossible.
         """
         if return_tensors not in ("pt", None):
             raise ValueError(f"return_tensors must be 'pt', not {return_tensors!r}: frames come as torch tensors")
-        check_positive(fps=fps, num_frames=num_frames, max_frames=max_frames)
-        if fps is None and num_frames is None:
-            fps, num_frames = self.fps, self.num_frames
-        max_frames = self.max_frames if max_frames is None else max_frames
-        do_sample_frames = self.do_sample_frames if do_sample_frames is None else do_sample_frames
-
-        clips = [videos] if isinstance(videos, Picture) else list(videos)
+        options = self._sampling_options(fps, num_frames, max_frames, do_sample_frames)
+        clips = list(videos) if isinstance(videos, list | tuple) else [videos]
         if not clips:
             raise ValueError("videos is empty; pass at least one clip")
         metadata = [video_metadata] if isinstance(video_metadata, Mapping) else video_metadata
@@ -172,10 +189,7 @@ class ETChatVideoProcessor(VideoProcessorMixin):
         if len(metadata) != len(clips):
             raise ValueError(f"video_metadata has {len(metadata)} entries for {len(clips)} clips; pass one per clip")
         readers = [open_clip(clip, entry, self.decoder) for clip, entry in zip(clips, metadata, strict=True)]
-        sampled = [
-            select_frames(reader, fps, num_frames, max_frames) if do_sample_frames else np.arange(reader.num_frames)
-            for reader in readers
-        ]
+        sampled = [select_frames(reader, **options) for reader in readers]
         return BatchFeature(
             {
                 "pixel_values": self._pixel_values(readers, sampled),
@@ -189,15 +203,86 @@ class ETChatVideoProcessor(VideoProcessorMixin):
             }
         )
 
+    def iter_frames(
+        self,
+        clip: Clip | VideoReader,
+        chunk_size: int = 32,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        do_sample_frames: bool | None = None,
+        video_metadata: Mapping[str, Any] | None = None,
+    ) -> Iterator[BatchFeature]:
+        """The frames of one clip of any length, without ever holding all of them.
+
+        Args:
+            clip: as in `preprocess`; or a reader from `open_video` or `open_clip`.
+            chunk_size: frames per step.
+            fps, num_frames, max_frames, do_sample_frames, video_metadata: as in `preprocess`.
+
+        Yields:
+            A `BatchFeature` per `chunk_size` frames (the last may have fewer): `pixel_values` float32 (frames, 3,
+            size, size), and the lists `frame_times` (seconds) and `frame_indices` of these frames. Joined, the chunks
+            equal what `preprocess` returns.
+
+        Raises:
+            FileNotFoundError, OSError, ValueError: as `preprocess`.
+        """
+        check_counts(chunk_size=chunk_size)
+        options = self._sampling_options(fps, num_frames, max_frames, do_sample_frames)
+        reader = clip if isinstance(clip, VideoReader) else open_clip(clip, video_metadata, self.decoder)
+        indices = select_frames(reader, **options)
+        frames = self._transformed(reader.read(indices))
+        for start in range(0, len(indices), chunk_size):
+            chunk = indices[start : start + chunk_size]
+            yield BatchFeature(
+                {
+                    "pixel_values": self._stacked(frames, len(chunk)),
+                    "frame_times": reader.times[chunk].tolist(),
+                    "frame_indices": chunk.tolist(),
+                }
+            )
+
+    def _sampling_options(
+        self, fps: float | None, num_frames: int | None, max_frames: int | None, do_sample_frames: bool | None
+    ) -> dict[str, Any]:
+        """`select_frames`' arguments: those of a call, completed by the constructor's."""
+        check_positive(fps=fps)
+        check_counts(num_frames=num_frames, max_frames=max_frames)
+        if fps is not None and num_frames is not None:
+            raise ValueError("fps and num_frames exclude each other; pass one of them")
+        if fps is None and num_frames is None:
+            fps, num_frames = self.fps, self.num_frames
+        return {
+            "fps": fps,
+            "num_frames": num_frames,
+            "max_frames": self.max_frames if max_frames is None else max_frames,
+            "do_sample_frames": self.do_sample_frames if do_sample_frames is None else do_sample_frames,
+        }
+
     def _pixel_values(self, readers: list[VideoReader], sampled: list[np.ndarray]) -> torch.Tensor:
-        # Filled frame by frame, so that only one full-size frame is held as floats.
-        output = torch.empty(sum(map(len, sampled)), 3, self.size, self.size)
         pictures = (
             picture for reader, indices in zip(readers, sampled, strict=True) for picture in reader.read(indices)
         )
-        for row, picture in zip(output, pictures, strict=True):
-            row.copy_(self._transform(picture))
+        return self._stacked(self._transformed(pictures), sum(map(len, sampled)))
+
+    def _stacked(self, frames: Iterator[torch.Tensor], count: int) -> torch.Tensor:
+        """The next `count` frames: float32 (count, 3, size, size)."""
+        output = torch.empty(count, 3, self.size, self.size)
+        for row in output:
+            row.copy_(next(frames))
         return output
+
+    def _transformed(self, pictures: Iterable[np.ndarray]) -> Iterator[torch.Tensor]:
+        """`_transform` of each picture, done in the background while the next ones are decoded."""
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            waiting = deque()
+            for picture in pictures:
+                waiting.append(worker.submit(self._transform, picture))
+                if len(waiting) > LOOK_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def _transform(self, picture: np.ndarray) -> torch.Tensor:
         """uint8 RGB (height, width, 3) -> normalised float32 (3, size, size)."""
@@ -207,7 +292,9 @@ class ETChatVideoProcessor(VideoProcessorMixin):
         short, long = min(height, width), max(height, width)
         new_long = int(self.size * long / short)
         new_size = (self.size, new_long) if height <= width else (new_long, self.size)
-        pixels = torch.from_numpy(np.array(picture.transpose(2, 0, 1), order="C")).float().div_(255)
+        # Channels stay last in memory: the same numbers in a fraction of the time. torch takes no read-only arrays.
+        picture = np.require(picture, requirements=["C_CONTIGUOUS", "WRITEABLE"])
+        pixels = torch.from_numpy(picture).permute(2, 0, 1).float().div_(255)
         pixels = F.interpolate(pixels[None], size=new_size, mode="bilinear", align_corners=False, antialias=True)[0]
         top, left = (int((side - self.size) / 2) for side in new_size)
         pixels = pixels[:, top : top + self.size, left : left + self.size]
@@ -220,13 +307,13 @@ class FrameSequence(VideoReader):
 
     Args:
         pictures: see `load_picture`; all must have the same size.
-        times: float64 (len(pictures),) seconds.
+        times: float64 (len(pictures),) seconds, the first 0.
         fps: the constant rate of a clip that is still to be sampled; `None` for frames that already are.
-        path: the image file, if the clip is one.
+        path: the path or URL of the image, if the clip is one.
     """
 
     def __init__(self, pictures: Sequence[Picture], times: np.ndarray, fps: float | None, path: str | None = None):
-        self.path = path
+        self.path, self.name = path, path or "<frames>"
         self.backend = "memory" if path is None else "pillow"
         self.num_frames = len(pictures)
         self.times = times
@@ -234,9 +321,10 @@ class FrameSequence(VideoReader):
         if fps is None and len(pictures) == 1:
             self.average_fps = self.duration = 0.0  # an image takes no time
         else:
-            self.average_fps, self.duration = rate_and_duration(times - times[0], fps)
-        self._pictures = pictures
-        self.height, self.width = load_picture(pictures[0]).shape[:2]
+            self.average_fps, self.duration = rate_and_duration(times, fps)
+        # File objects that cannot seek are read once only.
+        self._pictures = [as_source(picture) for picture in pictures]
+        self.height, self.width = picture_size(self._pictures[0])
 
     def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         for index in self.check_indices(indices).tolist():
@@ -251,13 +339,12 @@ class FrameSequence(VideoReader):
 
 def open_clip(clip: Clip, metadata: Mapping[str, Any] | None, decoder: str | None) -> VideoReader:
     """A reader for any clip; see `ETChatVideoProcessor.preprocess`."""
-    if isinstance(clip, str | os.PathLike):
-        image = open_image(clip)
+    if is_source(clip) or is_torchcodec_decoder(clip):
+        source = clip if is_torchcodec_decoder(clip) else Source(clip)
+        reader = open_file(source, decoder)
         if metadata is not None:
-            raise ValueError(f"{os.fspath(clip)}: a file has its own time base; pass None as its video_metadata")
-        if image is None:
-            return open_video(clip, decoder)
-        return FrameSequence([image], np.zeros(1), None, path=os.fspath(clip))
+            raise ValueError(f"{reader.name}: this clip has its own time base; pass None as its video_metadata")
+        return reader
     if isinstance(clip, PIL.Image.Image):
         pictures = [clip]
     elif isinstance(clip, np.ndarray | torch.Tensor):
@@ -266,23 +353,31 @@ def open_clip(clip: Clip, metadata: Mapping[str, Any] | None, decoder: str | Non
         pictures = clip
     else:
         raise ValueError(
-            f"a clip cannot be a {type(clip).__name__}; pass a path, an image, an array or a list of images"
+            f"a clip cannot be a {type(clip).__name__}; pass a path, a URL, bytes, a file, an image, an array or a "
+            "list of images"
         )
     if len(pictures) == 0:
         raise ValueError("a clip without frames; pass at least one")
     return FrameSequence(pictures, *time_base(len(pictures), metadata))
 
 
+def open_file(source: Any, decoder: str | None) -> VideoReader:
+    """A reader for the video or image in a `Source`, or for a torchcodec decoder."""
+    if isinstance(source, Source) and is_image(source):
+        return FrameSequence([source], np.zeros(1), None, path=source.path)
+    return open_video(source, decoder)
+
+
 def time_base(num_frames: int, metadata: Mapping[str, Any] | None) -> tuple[np.ndarray, float | None]:
-    """The frames' times in seconds, and their rate if they are a whole video that is still to be sampled."""
+    """Seconds of the frames since the first, and their rate if they are a whole video that is still to be sampled."""
     entries = {key: value for key, value in dict(metadata or {}).items() if value is not None}
     fps = entries.get("fps")
     check_positive(fps=fps)
     if "frame_times" in entries:
-        times = np.asarray(entries["frame_times"], dtype=np.float64)
+        times = as_seconds(entries["frame_times"])
         fps = None
     elif "frames_indices" in entries and fps is not None:
-        times = np.asarray(entries["frames_indices"], dtype=np.float64) / fps
+        times = as_seconds(entries["frames_indices"]) / fps
         fps = None
     elif fps is not None:
         times = np.arange(num_frames) / fps
@@ -297,22 +392,58 @@ def time_base(num_frames: int, metadata: Mapping[str, Any] | None) -> tuple[np.n
         raise ValueError(f"{num_frames} frames but times of shape {times.shape}; pass one time per frame")
     if not np.isfinite(times).all() or (np.diff(times) <= 0).any():
         raise ValueError("frame times must be finite and ascend from frame to frame")
-    return times, fps
+    return times - times[0], fps
+
+
+def as_seconds(values: Any) -> np.ndarray:
+    """Numbers as float64; ValueError if they are none."""
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"frame times must be numbers, not {values!r:.80}") from error
 
 
 def select_frames(
-    reader: VideoReader, fps: float | None, num_frames: int | None, max_frames: int | None
+    reader: VideoReader,
+    fps: float | None,
+    num_frames: int | None,
+    max_frames: int | None,
+    do_sample_frames: bool = True,
 ) -> np.ndarray:
-    """`sample_frame_indices` for a clip: int64 (n,). An image stays one frame, and sampled frames are not repeated."""
-    if isinstance(reader, FrameSequence) and reader.already_sampled:
-        limits = [limit for limit in (num_frames, max_frames) if limit is not None]
-        count = min([reader.num_frames, *limits])
-        if count == reader.num_frames:
-            return np.arange(count)
+    """`sample_frame_indices` for a clip: int64 (n,). An image stays one frame, and sampled frames are not repeated.
+
+    Warns where `max_frames` makes the frames fewer.
+    """
+    if not do_sample_frames:
+        return np.arange(reader.num_frames)
+    wanted = select_without_limit(reader, fps, num_frames)
+    if max_frames is None or len(wanted) <= max_frames:
+        return wanted
+    rate = fps or len(wanted) / reader.duration
+    warnings.warn(
+        f"{reader.name}: {len(wanted)} frames at {rate:.3g} fps are more than max_frames={max_frames}; sampling at "
+        f"{max_frames / reader.duration:.3g} fps instead",
+        stacklevel=2,
+    )
+    if is_sampled(reader):
         return sample_frame_indices(
-            reader.num_frames, reader.average_fps, num_frames_wanted=count, times=reader.times - reader.times[0]
+            reader.num_frames, reader.average_fps, num_frames_wanted=max_frames, times=reader.times
         )
     return sample_frame_indices(reader.num_frames, reader.average_fps, fps, num_frames, max_frames, reader.times)
+
+
+def select_without_limit(reader: VideoReader, fps: float | None, num_frames: int | None) -> np.ndarray:
+    """What `select_frames` takes where there is no `max_frames`."""
+    if is_sampled(reader):
+        if num_frames is None or num_frames >= reader.num_frames:
+            return np.arange(reader.num_frames)
+        fps = None
+    return sample_frame_indices(reader.num_frames, reader.average_fps, fps, num_frames, times=reader.times)
+
+
+def is_sampled(reader: VideoReader) -> bool:
+    """Whether these are frames that someone chose, or an image, and not a whole video."""
+    return isinstance(reader, FrameSequence) and reader.already_sampled
 
 
 def describe(reader: VideoReader, num_sampled: int) -> dict[str, Any]:
@@ -329,12 +460,19 @@ def describe(reader: VideoReader, num_sampled: int) -> dict[str, Any]:
     }
 
 
-def open_image(path: str | os.PathLike) -> PIL.Image.Image | None:
-    """The image in a file, or `None` if it holds something else or an animation; raises as `check_file` does."""
+def as_source(picture: Picture | Source) -> Source | PIL.Image.Image | np.ndarray | torch.Tensor:
+    """Whatever has to be opened as a `Source`, anything else as it is."""
+    return Source(picture) if is_source(picture) else picture
+
+
+def open_image(source: Source) -> PIL.Image.Image | None:
+    """The image in a file, not yet decoded, or `None` if it holds something else or an animation."""
     try:
-        image = PIL.Image.open(check_file(path))
+        image = PIL.Image.open(source.location)
     except PIL.UnidentifiedImageError:
         return None
+    except PIL.Image.DecompressionBombError as error:
+        raise ValueError(f"{source.name}: the image is too large ({one_line(error)}); scale it down") from error
     # Pillow recognises MPEG streams, but cannot read them.
     if image.format == "MPEG" or (image.format in ANIMATED_FORMATS and image.is_animated):
         image.close()
@@ -342,21 +480,54 @@ def open_image(path: str | os.PathLike) -> PIL.Image.Image | None:
     return image
 
 
-def load_picture(picture: Picture) -> np.ndarray:
-    """An image file, PIL image, array or tensor as uint8 RGB (height, width, 3), upright; ValueError if it is none."""
-    if isinstance(picture, str | os.PathLike):
-        image = open_image(picture)
-        if image is None:
-            raise ValueError(f"{os.fspath(picture)}: not an image; a list of paths is a clip of one image per frame")
-        picture = image
+def is_image(source: Source) -> bool:
+    """Whether a file holds an image that does not move."""
+    image = open_image(source)
+    if image is None:
+        return False
+    image.close()
+    return True
+
+
+def open_picture(picture: Source | PIL.Image.Image | np.ndarray | torch.Tensor) -> Any:
+    """A `Source`'s image, not yet decoded, and anything else as it is; ValueError if a source holds no image."""
+    if not isinstance(picture, Source):
+        return picture
+    image = open_image(picture)
+    if image is None:
+        raise ValueError(f"{picture.name}: not an image; a list of files is a clip of one image per frame")
+    return image
+
+
+@contextmanager
+def image_errors(image: PIL.Image.Image) -> Iterator[None]:
+    """Turns Pillow's errors into a ValueError that names the image."""
+    try:
+        yield
+    except (OSError, SyntaxError) as error:
+        name = image.filename if isinstance(image, PIL.ImageFile.ImageFile) else ""
+        raise ValueError(
+            f"{name or 'an image'}: the image cannot be decoded ({one_line(error)}); check that the file is complete"
+        ) from error
+
+
+def picture_size(picture: Picture | Source) -> tuple[int, int]:
+    """Height and width in pixels of the upright picture, without decoding it; raises as `load_picture` does."""
+    picture = open_picture(as_source(picture))
+    if not isinstance(picture, PIL.Image.Image):
+        return load_picture(picture).shape[:2]
+    width, height = picture.size
+    with image_errors(picture):
+        lying = picture.getexif().get(ORIENTATION) in LYING
+    return (width, height) if lying else (height, width)
+
+
+def load_picture(picture: Picture | Source) -> np.ndarray:
+    """An image in whatever form as uint8 RGB (height, width, 3), upright; ValueError if it is none."""
+    picture = open_picture(as_source(picture))
     if isinstance(picture, PIL.Image.Image):
-        try:
+        with image_errors(picture):
             return np.array(PIL.ImageOps.exif_transpose(picture).convert("RGB"))
-        except OSError as error:
-            name = picture.filename if isinstance(picture, PIL.ImageFile.ImageFile) else "image"
-            raise ValueError(
-                f"{name}: the image cannot be decoded ({error}); check that the file is complete"
-            ) from error
     if isinstance(picture, torch.Tensor):
         picture = picture.cpu().numpy()
     if not isinstance(picture, np.ndarray):

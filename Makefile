@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: demo test lint format toy bench clean
 
 demo: $(INSTALLED)
-	$(BIN)/python examples/quickstart.py
+	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest

@@ -15,6 +15,7 @@ REQUIRES = [
     "jinja2>=3.1",  # chat templates
     "av>=14",  # video decoding on every platform, and the index of each file's real frame times
     "decord>=0.6; platform_machine == 'x86_64' or platform_machine == 'AMD64'",  # faster decoding; no wheels elsewhere
+    "fsspec[http]>=2025.3",  # videos and images behind URLs, fetched in ranges
     "typer>=0.16",  # command line
     "rich>=14",  # tables
     "tqdm>=4.66",  # progress bars
@@ -46,7 +47,10 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.11",
     packages=find_packages(include=["etchat_hf", "etchat_hf.*"]),
-    package_data={"etchat_hf.chat_templates": ["*.jinja"]},
+    package_data={
+        "etchat_hf.chat_templates": ["*.jinja"],
+        "etchat_hf.toy": ["checkpoint/*", "checkpoint/qformer_tokenizer/*"],
+    },
     install_requires=REQUIRES,
     extras_require={
         "train": TRAIN,

@@ -46,7 +46,9 @@ def ask(
         str | None, typer.Argument(help="What to ask; write <vid> where a time of --src belongs.")
     ] = None,
     *,
-    model: Annotated[str, typer.Option(help="Folder or Hub id of a converted checkpoint.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a converted checkpoint; default: the bundled toy.")
+    ] = None,
     fps: Annotated[
         float | None, typer.Option(help="Frames sampled per second; default: as the model was trained.")
     ] = None,
@@ -67,8 +69,11 @@ def ask(
     """Ask one question about one video; times in the answer are seconds since its first frame."""
     _check_ask(question, src, max_frames, window, interactive)
     from etchat_hf.inference import Chat, ask_windows, load
+    from etchat_hf.toy import bundled_checkpoint
 
-    network, processor = load(model, dtype=dtype, device=device)
+    if model is None:
+        typer.echo("No --model: the bundled toy answers, which knows coloured shapes and nothing else.", err=True)
+    network, processor = load(model or bundled_checkpoint(), dtype=dtype, device=device)
     if window is not None:
         answer = ask_windows(network, processor, video, question, window, overlap, fps, max_new_tokens)
         _print_answer(answer, as_json)

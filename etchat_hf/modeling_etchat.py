@@ -395,7 +395,7 @@ class ETChatModel(ETChatPreTrainedModel):
             inputs_embeds = self._merge_frames(
                 inputs_embeds, layout, features, qformer_input_ids, qformer_attention_mask
             )
-        elif self.training and inputs_embeds is not None and frame_embeds is None:
+        elif frame_embeds is None and past_key_values is None and _in_lockstep(self):
             inputs_embeds = inputs_embeds + self._idle_compressor().to(inputs_embeds)
         if layout is not None:
             frame_mask = layout.mask
@@ -549,6 +549,11 @@ class ETChatModel(ETChatPreTrainedModel):
         return masks if isinstance(masks, dict) else {"full_attention": masks}
 
 
+def _in_lockstep(model: nn.Module) -> bool:
+    """Whether other processes may wait for this one to use all parameters."""
+    return model.training or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
 def _position_ids(inputs_embeds, attention_mask, past_key_values):
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
@@ -630,7 +635,7 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         frame_keys: torch.FloatTensor | None = None,
         frame_mask: torch.BoolTensor | None = None,
         output_hidden_states: bool | None = None,
-        skip_logits: bool | None = None,
+        skip_logits: bool = False,
         num_matched_samples_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> ETChatCausalLMOutputWithPast:
@@ -658,9 +663,8 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
                 For each row the times of its `<vid>` tokens in order, in seconds; clamped to the clip.
             vid_frames, frame_embeds, frame_keys, frame_mask:
                 What an earlier step returned, for steps that continue it from `past_key_values`.
-            skip_logits (`bool`, *optional*):
-                Whether to apply the language-model head only where there are labels, and return no logits. By default
-                in training with labels.
+            skip_logits (`bool`, *optional*, defaults to `False`):
+                Whether to apply the language-model head only where there are labels, and return no logits.
             num_matched_samples_in_batch (`int` or `torch.Tensor`, *optional*):
                 What the match loss is divided by, as the LM loss is by `num_items_in_batch`: the samples with `<vid>`
                 targets in all processes and accumulation steps. By default those of this batch.
@@ -687,8 +691,6 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             frame_mask=frame_mask,
             output_hidden_states=output_hidden_states,
         )
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None
         if skip_logits and labels is None:
             raise ValueError("skip_logits=True leaves nothing to return without labels.")
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

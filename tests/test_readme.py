@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from etchat_hf.cli import app
 from etchat_hf.verification import write_clip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,13 +49,33 @@ def workplace(tmp_path_factory, converted, golden):
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(golden / "phi3_stage3" / "original", folder / "SRC")
     shutil.copytree(converted, folder / "etchat-phi3")
-    write_clip(folder / "video.mp4", fps=10, size=64)
+    for name in ("video.mp4", "long.mp4"):
+        write_clip(folder / name, fps=10, size=64)
     return folder
 
 
 def commands() -> list[str]:
+    """What can be run on the bundled files; data sets and other machines' addresses are not there."""
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("etchat ask", "etchat convert", "etchat verify"))]
+    runnable = ("etchat ask", "etchat convert SRC", "etchat verify")
+    return [line for line in lines if line.startswith(runnable) and "https:" not in line]
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if "etchat" in line])
+def test_every_command_has_its_options(line):
+    """Each `etchat` line of the README names commands and options that exist."""
+    words = shlex.split(line.split("#")[0])
+    if words[:1] == ["accelerate"]:
+        words = words[words.index("etchat_hf.cli") :] if "etchat_hf.cli" in words else []
+    if words[:1] not in (["etchat"], ["etchat_hf.cli"]):
+        return
+    depth = 3 if words[1] in ("data", "infer", "evaluate") else 2
+    runner = CliRunner()
+    shown = runner.invoke(app, [*words[1:depth], "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert shown.exit_code == 0, shown.output
+    for word in words:
+        if word.startswith("--"):
+            assert word in shown.output, word
 
 
 @pytest.mark.parametrize("command", commands())

@@ -1,0 +1,19 @@
+"""Training in stages: which parameters, which losses, and checkpoints that load on their own and resume exactly.
+
+`examples/train.py` puts it together; see [`ETChatModelArguments`], [`ETChatTrainingArguments`], [`ETChatTrainer`].
+"""
+
+from .arguments import ETChatModelArguments, ETChatTrainingArguments
+from .checkpoints import merge_checkpoint
+from .model import load_model
+from .span_metrics import score_spans
+from .trainer import ETChatTrainer
+
+__all__ = [
+    "ETChatModelArguments",
+    "ETChatTrainer",
+    "ETChatTrainingArguments",
+    "load_model",
+    "merge_checkpoint",
+    "score_spans",
+]

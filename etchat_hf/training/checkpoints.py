@@ -1,0 +1,73 @@
+"""Folders on disk: complete or not there at all, and each of them loadable on its own."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .. import modeling_etchat
+from ..configuration_etchat import ETChatConfig
+from ..modeling_etchat import ETChatForConditionalGeneration
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def write_model_files(model: ETChatForConditionalGeneration, folder: str | Path) -> None:
+    """Adds what an adapter folder lacks to be a model repository: config.json, generation_config.json and the code."""
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    code = modeling_etchat.__file__
+    for file in (code, *get_relative_import_files(code)):
+        shutil.copyfile(file, Path(folder) / Path(file).name)
+
+
+@contextmanager
+def replaced_at_once(destination: str | Path) -> Iterator[Path]:
+    """A folder beside `destination` whose files move into it, one rename each, when the block ends well."""
+    destination = Path(destination)
+    aside = destination / ".writing"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    # config.json last: a folder without it is no model, so that a half-moved one is not taken for one.
+    for entry in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+        target = destination / entry.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(entry, target)
+    aside.rmdir()
+
+
+def merge_checkpoint(checkpoint: str | Path, destination: str | Path, dtype: torch.dtype | None = None) -> None:
+    """
+    Writes the model of a training checkpoint as one without PEFT.
+
+    Args:
+        checkpoint (`str` or `Path`): a `checkpoint-N`, of LoRA training or not.
+        destination (`str` or `Path`): folder; the model's files in it are replaced.
+        dtype (`torch.dtype`, *optional*): of the floating parameters; by default float32.
+
+    Raises:
+        FileNotFoundError: if the checkpoint, or the base that its adapter names, is not there.
+    """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{checkpoint}: no checkpoint (no config.json); give a checkpoint-N of a training run."
+        )
+    config = ETChatConfig.from_pretrained(checkpoint)
+    if (checkpoint / ADAPTER_CONFIG).is_file():
+        base = PeftConfig.from_pretrained(checkpoint).base_model_name_or_path
+        model = ETChatForConditionalGeneration.from_pretrained(
+            base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+        model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+    else:
+        model = ETChatForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    with replaced_at_once(destination) as folder:
+        model.to(dtype or torch.float32).save_pretrained(folder)

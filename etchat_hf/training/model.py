@@ -1,0 +1,98 @@
+"""The model that a stage starts from: loaded, given matching where it is wanted, wrapped for its tuning mode."""
+
+import os
+
+import torch
+from peft import PeftModel
+
+from ..configuration_etchat import ETChatConfig
+from ..conversion.tokens import build_generation_config
+from ..data import StageData
+from ..modeling_etchat import ETChatForConditionalGeneration
+from ..processing_etchat import VID_TOKEN, ETChatProcessor
+from .arguments import ETChatModelArguments
+from .tuning import add_lora, set_trained
+
+
+def load_model(
+    arguments: ETChatModelArguments, processor: ETChatProcessor, stage: StageData
+) -> ETChatForConditionalGeneration | PeftModel:
+    """
+    Loads what a stage trains.
+
+    Args:
+        arguments ([`ETChatModelArguments`]): see there.
+        processor ([`ETChatProcessor`]): the base model's.
+        stage ([`StageData`]): says the conversation type, the frame rate, and whether `<vid>` is matched to frames. If
+            so, heads that the base lacks start fresh, and a `<vid>` without an embedding row gets the others' mean.
+
+    Returns:
+        [`ETChatForConditionalGeneration`], or with LoRA a `PeftModel` around it; only what is trained requires
+        gradients.
+
+    Raises:
+        ValueError: if `<vid>` is not what the base model was made for.
+        OSError: if there is no such model.
+    """
+    path = arguments.model_name_or_path
+    config = ETChatConfig.from_pretrained(path)
+    if stage.use_matching:
+        check_vid_token(config, processor, path)
+    elif config.use_matching:
+        raise ValueError(f"{path}: matches <vid>, but the data have none; train from a stage before matching.")
+    model = ETChatForConditionalGeneration.from_pretrained(
+        path, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
+    )
+    if stage.use_matching and not config.use_matching:
+        model.enable_matching(processor.match_token_id)
+    for name in ("bi_attention", "use_time_tag"):
+        if (value := getattr(arguments, name)) is not None:
+            setattr(model.config, name, value)
+    processor.use_time_tag = model.config.use_time_tag
+    _follow_stage(model, processor, stage)
+    model.config.validate_combinations()
+    if arguments.lora_targets is not None:
+        model = add_lora(
+            model,
+            arguments.lora_targets,
+            arguments.tuning_mode,
+            arguments.lora_r,
+            arguments.lora_alpha,
+            arguments.lora_dropout,
+            # An adapter must find its base from every working directory.
+            base=os.path.abspath(path) if os.path.isdir(path) else path,
+        )
+    set_trained(model, arguments.tuning_mode)
+    return model
+
+
+def _follow_stage(model: ETChatForConditionalGeneration, processor: ETChatProcessor, stage: StageData) -> None:
+    """What a model remembers of its training beside weights: frame rate, end of a turn, original conversation type."""
+    model.config.fps = stage.fps
+    model.generation_config, _ = build_generation_config(
+        processor.tokenizer, model.config.text_config, stage.conv_type
+    )
+    if "original_checkpoint" in vars(model.config):
+        model.config.original_checkpoint["config"]["conv_type"] = stage.conv_type
+
+
+def check_vid_token(config: ETChatConfig, processor: ETChatProcessor, name: str) -> None:
+    """
+    Checks that `<vid>` is one token of the tokenizer, and the one that the model knows.
+
+    Raises:
+        ValueError: if not; `name` says of which model.
+    """
+    vocabulary = processor.tokenizer.get_vocab()
+    if VID_TOKEN not in vocabulary:
+        raise ValueError(f"{name}: its tokenizer lacks {VID_TOKEN}, which matching needs; load it by ETChatProcessor.")
+    if config.match_token_id is not None and config.match_token_id != vocabulary[VID_TOKEN]:
+        raise ValueError(
+            f"{name}: match_token_id is {config.match_token_id}, but its tokenizer gives {VID_TOKEN} the id "
+            f"{vocabulary[VID_TOKEN]}; use the processor of this model."
+        )
+
+
+def stored_dtype(path: str) -> torch.dtype:
+    """The dtype that a model's configuration names, float32 where it names none."""
+    return ETChatConfig.from_pretrained(path).dtype or torch.float32

@@ -1,0 +1,62 @@
+"""The model card that a stage ends with."""
+
+import json
+from pathlib import Path
+
+CARD = """---
+library_name: transformers
+pipeline_tag: video-text-to-text
+{base_line}tags:
+- etchat
+- video
+- temporal-grounding
+---
+
+# {name}
+
+An [E.T. Chat](https://arxiv.org/abs/2409.18111) model: it answers questions about a video and says when, in seconds.
+Trained for {steps} steps from `{base}`: tuning mode `{tuning_mode}`{lora}, matching of `<vid>` {matching}.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+messages = [{{"role": "user", "content": [{{"type": "video", "path": "video.mp4"}},
+                                        {{"type": "text", "text": "When does it happen?"}}]}}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+answer = processor.post_process(model.generate(**inputs, return_dict_in_generate=True))[0]
+```
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def write_model_card(folder: Path, trainer) -> None:
+    """Writes README.md about what [`ETChatTrainer`] `trainer` did."""
+    args = trainer.args
+    lora = trainer.model.peft_config["default"] if hasattr(trainer.model, "peft_config") else None
+    last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    facts = {
+        "samples per step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "learning rate": args.learning_rate,
+        "LoRA learning rate": args.lora_learning_rate if lora else None,
+        "schedule": f"{args.lr_scheduler_type.value}, warm-up {args.warmup_steps}",
+        "epochs": last.get("epoch"),
+        **{key: round(last[key], 4) for key in ("lm_loss", "match_loss", "eval_mIoU", "eval_R@0.7") if key in last},
+    }
+    # A folder of this machine says nothing elsewhere.
+    is_folder = Path(trainer.base_model).is_dir()
+    text = CARD.format(
+        base=Path(trainer.base_model).name if is_folder else trainer.base_model,
+        base_line="" if is_folder else f"base_model: {trainer.base_model}\n",
+        name=args.hub_model_id or Path(folder).resolve().name,
+        steps=trainer.state.global_step,
+        tuning_mode=trainer.tuning_mode,
+        lora=f", LoRA of rank {lora.r}" if lora else "",
+        matching="on" if trainer.model.config.use_matching else "off",
+        rows="\n".join(f"| {key} | {json.dumps(value)} |" for key, value in facts.items() if value is not None),
+    )
+    (Path(folder) / "README.md").write_text(text, encoding="utf-8")

@@ -1,0 +1,264 @@
+"""`Trainer` for E.T. Chat: one loss of two parts, few overridden hooks."""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from huggingface_hub import HfApi
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..data import ETChatBatchSampler
+from .arguments import ETChatTrainingArguments
+from .checkpoints import merge_checkpoint, write_model_files
+from .model import check_vid_token, stored_dtype
+from .model_card import write_model_card
+from .span_evaluation import answer_spans
+from .span_metrics import score_spans
+from .tuning import set_trained
+from .vision_cache import VisionCache
+
+LOSS_PARTS = ("lm_loss", "match_loss")
+
+
+class ETChatTrainer(Trainer):
+    """
+    Trains [`ETChatForConditionalGeneration`], or a `PeftModel` around it, as [`load_model`] returned it.
+
+    Beyond `Trainer`: the match loss is normalised by the samples with targets of all processes and accumulation
+    steps, as the LM loss is by their tokens; both are logged apart; LoRA has its own learning rate; checkpoints appear
+    at once and load on their own; [`save_stage`] writes the merged model.
+
+    Args:
+        model: see above.
+        args ([`ETChatTrainingArguments`]): see there.
+        processing_class ([`ETChatProcessor`]): saved with every checkpoint.
+        tuning_mode (`str`): which parameters are trained; see [`ETChatModelArguments`].
+        base_model (`str`): folder or Hub id that training started from.
+        kwargs: those of `Trainer`. With an [`ETChatDataset`] as `train_dataset` its batch sampler is used.
+
+    Raises:
+        ValueError: if the processor's `<vid>` is not the model's.
+    """
+
+    def __init__(self, model, args: ETChatTrainingArguments, *, processing_class, tuning_mode, base_model, **kwargs):
+        self.tuning_mode = tuning_mode
+        self.base_model = base_model
+        self._aside = None
+        self._num_matched = None
+        self._parts = {}
+        self._parts_since = 0
+        super().__init__(model, args, processing_class=processing_class, **kwargs)
+        if model.config.use_matching:
+            check_vid_token(model.config, processing_class, base_model)
+        self._check_precision()
+        self._check_sharding()
+        self._vision_cache = None
+        if args.vision_cache_dir is not None:
+            self._vision_cache = VisionCache(args.vision_cache_dir, args.vision_cache_gib, self._etchat)
+
+    def _check_precision(self) -> None:
+        frozen = {parameter.dtype for parameter in self.model.parameters() if not parameter.requires_grad}
+        if self.accelerator.mixed_precision == "no" and frozen - {torch.float32}:
+            raise ValueError(
+                f"{self.base_model}: frozen parameters are {', '.join(map(str, frozen))}, trained ones float32; "
+                "set bf16 or fp16, or dtype to float32."
+            )
+
+    def _check_sharding(self) -> None:
+        zero_stage = self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
+        sharded = self.is_fsdp_enabled or zero_stage == 3
+        for name in ("eval_span_samples", "vision_cache_dir"):
+            if sharded and getattr(self.args, name):
+                raise ValueError(
+                    f"{name} lets each process run the model at its own pace, which sharded parameters rule out; "
+                    "leave it out or train by DDP or ZeRO-2."
+                )
+
+    @property
+    def _etchat(self):
+        """The model inside PEFT and the wrappers of distributed training."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "peft_config") else model
+
+    # ---- Data ----
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        sampler = ETChatBatchSampler(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            world_size=args.world_size,
+            global_batch_size=self._train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        inputs = super()._prepare_inputs(inputs)
+        if self._vision_cache is not None and "pixel_values" in inputs:
+            pixels = inputs.pop("pixel_values")
+            inputs["vision_features"] = self._vision_cache.features(pixels, inputs["frame_times"])
+        return inputs
+
+    # ---- Loss ----
+
+    def _get_num_items_in_batch(self, batch_samples: list, device) -> torch.Tensor | int | None:
+        self._num_matched = None
+        if self.model.config.use_matching and batch_samples:
+            token = self.model.config.match_token_id
+            matched = sum((batch["labels"][:, 1:] == token).any(1).sum() for batch in batch_samples).to(device)
+            # Without any target the sum is 0 as well
+            self._num_matched = self.accelerator.gather(matched).sum().clamp(min=1)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "skip_logits": True}
+        if self._num_matched is not None:
+            inputs = {**inputs, "num_matched_samples_in_batch": self._num_matched}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        for name in LOSS_PARTS:
+            if (part := outputs[name] if name in outputs else None) is not None:
+                # Like the loss itself: the mean over processes of what each one counts for.
+                part = part.detach().float() * self.accelerator.num_processes
+                total, count = self._parts.get(name, (0.0, 0))
+                self._parts[name] = (total + part, count + 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        is_eval = any(key.startswith("eval_") for key in logs)
+        if "loss" in logs or is_eval:
+            steps = max(self.state.global_step - self._parts_since, 1)
+            for name, (total, count) in self._parts.items():
+                mean = self.accelerator.gather(total).mean().item() / (count if is_eval else steps)
+                logs[f"eval_{name}" if is_eval else name] = mean
+            self._parts, self._parts_since = {}, self.state.global_step
+        super().log(logs, start_time)
+
+    # ---- Optimizer ----
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            groups = parameter_groups(model, self.get_decay_parameter_names(model), self.args)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    # ---- Evaluation ----
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        self._parts = {}
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.args.eval_span_samples:
+            spans = self._score_spans(eval_dataset or self.eval_dataset)
+            spans = {f"{metric_key_prefix}_{name}": value for name, value in spans.items()}
+            self.log(spans)
+            metrics |= spans
+        return metrics
+
+    def _score_spans(self, dataset) -> dict[str, float]:
+        """Answers by generation, every process its share."""
+        number = min(self.args.eval_span_samples, len(dataset))
+        samples = (dataset[index] for index in range(self.args.process_index, number, self.args.world_size))
+        model = self.accelerator.unwrap_model(self.model)
+        with self.accelerator.autocast():
+            mine = [
+                answer_spans(
+                    model,
+                    self.processing_class,
+                    self._prepare_inputs(self.data_collator([sample])),
+                    self.args.eval_max_new_tokens,
+                )
+                for sample in samples
+            ]
+        answers = [pair for pair in gather_object(mine) if pair[1]]
+        return score_spans([predicted for predicted, _ in answers], [truth for _, truth in answers])
+
+    # ---- Checkpoints ----
+
+    def _get_output_dir(self, trial) -> str:
+        return self._aside or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = super()._get_output_dir(trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside = os.path.join(folder, ".writing")
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._aside = aside
+        super()._save_checkpoint(model, trial)
+        self._aside = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+            os.replace(os.path.join(aside, name), os.path.join(folder, name))
+            os.rmdir(aside)
+            rotate_checkpoints(folder, save_total_limit=self.args.save_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            write_model_files(self._etchat, output_dir or self.args.output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # PEFT marks whole modules as trained when it loads them.
+        set_trained(self.model if model is None else model, self.tuning_mode)
+
+    def save_stage(self) -> Path:
+        """
+        Writes the stage's result into `output_dir`: the last checkpoint merged into one model, the processor, the code
+        and a model card; and pushes it with `push_to_hub`. To be called by all processes.
+
+        Returns:
+            `Path`: `output_dir`.
+        """
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if not checkpoint.is_dir():
+            self._save_checkpoint(self.model_wrapped, None)
+        if self.is_world_process_zero():
+            name = self.args.save_dtype
+            dtype = stored_dtype(self.base_model) if name == "auto" else getattr(torch, name)
+            merge_checkpoint(checkpoint, folder, dtype)
+            self.processing_class.save_pretrained(folder)
+            write_model_card(folder, self)
+            if self.args.push_to_hub:
+                self._push_stage(folder)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _push_stage(self, folder: Path) -> None:
+        HfApi(token=self.args.hub_token).upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", ".*", "runs/*", "*.jsonl"],
+            commit_message=f"Stage of {self.state.global_step} steps from {self.base_model}",
+            revision=self.args.hub_revision,
+        )
+
+
+def parameter_groups(model, decayed: list[str], args: ETChatTrainingArguments) -> list[dict]:
+    """Trained parameters by learning rate (LoRA has its own) and weight decay (none on biases and norms)."""
+    lora_rate = args.learning_rate if args.lora_learning_rate is None else args.lora_learning_rate
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = []
+    for is_lora, rate in ((False, args.learning_rate), (True, lora_rate)):
+        for is_decayed, decay in ((True, args.weight_decay), (False, 0.0)):
+            parameters = [p for n, p in trained if ("lora_" in n) == is_lora and (n in decayed) == is_decayed]
+            if parameters:
+                groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+    return groups

@@ -1,0 +1,174 @@
+"""The smaller parts of training: fresh heads, the vision cache, span scores, configuration files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from trl import TrlParser
+
+from etchat_hf import ETChatForConditionalGeneration, ETChatProcessor
+from etchat_hf.data import DataSource, ETChatDataArguments, StageData
+from etchat_hf.training import ETChatModelArguments, ETChatTrainingArguments, load_model, score_spans
+from etchat_hf.training.vision_cache import VisionCache
+
+from .runs import REPOSITORY, build_trainer
+
+CONFIGS = sorted((REPOSITORY / "examples" / "configs").rglob("*.yaml"))
+ACCELERATE = sorted((REPOSITORY / "examples" / "accelerate").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def model(start):
+    return ETChatForConditionalGeneration.from_pretrained(start).eval()
+
+
+def test_matching_gets_fresh_heads_and_a_mean_row(start):
+    model = ETChatForConditionalGeneration.from_pretrained(start)
+    rows = model.config.text_config.vocab_size
+    embeddings = model.get_input_embeddings().weight.detach().clone()
+    model.enable_matching(rows + 1)
+    assert model.config.use_matching and model.config.text_config.vocab_size == rows + 2
+    for weight in (model.get_input_embeddings().weight, model.lm_head.weight):
+        assert weight.shape[0] == rows + 2
+        assert torch.allclose(weight[rows + 1], weight[:rows].mean(0))
+    assert torch.equal(model.get_input_embeddings().weight[:rows], embeddings)
+    assert 0.05 < model.vid_head[1].weight.std() < 0.2  # initializer_range is 0.1
+    with pytest.raises(ValueError, match="on already"):
+        model.enable_matching(3)
+
+
+def test_a_vid_token_of_another_model_is_refused(start):
+    processor = ETChatProcessor.from_pretrained(start)
+    arguments = ETChatModelArguments(model_name_or_path=str(start))
+    vocabulary = processor.tokenizer.get_vocab() | {"<vid>": 5}
+    processor.tokenizer.get_vocab = lambda: vocabulary
+    stage = StageData((DataSource("unread"),), use_matching=True)
+    with pytest.raises(ValueError, match="match_token_id is .*, but its tokenizer gives <vid> the id 5"):
+        load_model(arguments, processor, stage)
+    del vocabulary["<vid>"]
+    with pytest.raises(ValueError, match="its tokenizer lacks <vid>"):
+        load_model(arguments, processor, stage)
+
+
+def test_training_skips_logits_and_keeps_the_loss(model, start, toy_data, tmp_path):
+    trainer = build_trainer(start, toy_data, tmp_path)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    full = trainer.model.eval()(**batch)
+    lean = trainer.model(**batch, skip_logits=True)
+    assert lean.logits is None and full.logits is not None
+    assert torch.allclose(lean.loss, full.loss, atol=1e-6)
+    with pytest.raises(ValueError, match="skip_logits"):
+        trainer.model(**{key: value for key, value in batch.items() if key != "labels"}, skip_logits=True)
+
+
+def test_the_vision_cache_gives_the_same_features_and_keeps_its_size(model, tmp_path):
+    pixels = torch.randn(5, 3, 56, 56)
+    times = [[0.0, 1.0], [0.0, 1.0, 2.0]]
+    expected = model.get_vision_features(pixels)
+    cache = VisionCache(str(tmp_path / "cache"), 1.0, model)
+    assert torch.equal(cache.features(pixels, times), expected)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    again = VisionCache(str(tmp_path / "cache"), 1.0, model)
+    again._model = None  # all must come from the disk
+    assert torch.equal(again.features(pixels, times), expected)
+    tiny = VisionCache(str(tmp_path / "tiny"), 1e-6, model)
+    assert torch.equal(tiny.features(pixels, times), expected)
+    assert not list((tmp_path / "tiny").iterdir())
+    with pytest.raises(ValueError, match="vision_cache_gib"):
+        VisionCache(str(tmp_path / "none"), 0, model)
+
+
+def test_other_weights_do_not_meet_the_same_features(model, start, tmp_path):
+    pixels, times = torch.randn(2, 3, 56, 56), [[0.0, 1.0]]
+    VisionCache(str(tmp_path), 1.0, model).features(pixels, times)
+    other = ETChatForConditionalGeneration.from_pretrained(start)
+    with torch.no_grad():
+        other.model.vision_tower.embeddings.class_embedding.add_(1.0)
+    features = VisionCache(str(tmp_path), 1.0, other).features(pixels, times)
+    assert torch.equal(features, other.get_vision_features(pixels))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_training_with_the_cache_changes_nothing(start, toy_data, tmp_path):
+    plain = build_trainer(start, toy_data, tmp_path / "plain", save_strategy="no")
+    plain.train()
+    cached = build_trainer(start, toy_data, tmp_path / "out", save_strategy="no", vision_cache_dir=str(tmp_path / "c"))
+    cached.train()
+    for ours, theirs in zip(cached.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert list((tmp_path / "c").glob("*.safetensors"))
+
+
+def test_half_precision_trains_and_evaluates(start, toy_data, tmp_path):
+    options = {"tuning_mode": "attention", "lora_targets": "attention", "lora_r": 4, "dtype": "bfloat16"}
+    trainer = build_trainer(
+        start, toy_data, tmp_path, model_options=options, bf16=True, eval_span_samples=2, eval_max_new_tokens=4
+    )
+    dtypes = {p.requires_grad: set() for p in trainer.model.parameters()}
+    for parameter in trainer.model.parameters():
+        dtypes[parameter.requires_grad].add(parameter.dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(ValueError, match="set bf16 or fp16, or dtype to float32"):
+        build_trainer(start, toy_data, tmp_path, model_options=options)
+
+
+def test_span_scores():
+    assert score_spans([[(0, 10)]], [[(0, 10)]]) == {"mIoU": 1.0, "R@0.5": 1.0, "R@0.7": 1.0}
+    assert score_spans([[(0, 5)], []], [[(0, 10)], [(1, 2)]]) == {"mIoU": 0.25, "R@0.5": 0.5, "R@0.7": 0.0}
+    assert score_spans([[(0, 4), (5, 9)]], [[(0, 4)]])["mIoU"] == 0.5
+    assert score_spans([[(4, 0)]], [[(0, 4)]])["mIoU"] == 0.0
+    assert score_spans([], [])["mIoU"] == 0.0
+    with pytest.raises(ValueError):
+        score_spans([[]], [])
+
+
+def test_evaluation_reports_losses_apart_and_iou(start, toy_data, tmp_path):
+    trainer = build_trainer(start, toy_data, tmp_path, eval_span_samples=4, eval_max_new_tokens=8)
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(
+        trainer.state.log_history[-2]["eval_lm_loss"] + trainer.state.log_history[-2]["eval_match_loss"], rel=0.05
+    )
+    assert 0 <= metrics["eval_mIoU"] <= 1 and "eval_R@0.7" in metrics
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_configurations_hold_known_fields(path, tmp_path):
+    fields = yaml.safe_load(path.read_text())
+    extra = {"model_name_or_path": "x", "output_dir": str(tmp_path), "use_cpu": True}
+    words = [word for key, value in extra.items() for word in (f"--{key}", str(value))]
+    parser = TrlParser((ETChatDataArguments, ETChatModelArguments, ETChatTrainingArguments))
+    data, model, training = parser.parse_args_and_config([*words, "--config", str(path)])
+    for key, value in fields.items():
+        found = next(getattr(group, key) for group in (data, model, training) if hasattr(group, key))
+        assert str(getattr(found, "value", found)) == str(value), key
+
+
+@pytest.mark.parametrize(
+    "stage, mode, rate, lora_rate, batch",
+    [
+        ("stage1", "projector", 1e-3, None, 256),
+        ("stage2", "qformer", 2e-5, 2e-4, 128),
+        ("stage3", "attention", 2e-5, 5e-5, 32),
+    ],
+)
+def test_published_hyperparameters(stage, mode, rate, lora_rate, batch):
+    fields = yaml.safe_load((REPOSITORY / "examples" / "configs" / f"{stage}.yaml").read_text())
+    assert fields["tuning_mode"] == mode and fields["learning_rate"] == rate
+    assert fields.get("lora_learning_rate") == lora_rate and fields["global_batch_size"] == batch
+    assert fields["warmup_steps"] == 0.03 and fields["weight_decay"] == 0 and fields["num_train_epochs"] == 1
+    assert ("lora_r" in fields) == (lora_rate is not None)
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.name)
+def test_accelerate_reads_its_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.num_machines == 1
+
+
+def test_train_py_is_short_and_opens_with_its_command():
+    lines = Path(REPOSITORY / "examples" / "train.py").read_text().splitlines()
+    assert len(lines) <= 120 and "accelerate launch examples/train.py" in "\n".join(lines[:4])

@@ -1,5 +1,6 @@
 """One video, one question, one answer with seconds: what `etchat ask` does, for Python."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SHOWN_KEYS = 3
 WINDOW_KEYS = ("answer", "timestamps", "spans")
 LIST_KEYS = ("timestamps", "confidences", "frames")
-TEXT_ROOM = (
-    512  # tokens of the context that frames leave free by default: 256 for the prompt's text, 256 for the answer
-)
+# Tokens of the context that frames leave free by default: 256 for the prompt's text, 256 for the answer.
+TEXT_ROOM = 512
 
 
 def load(model: str | Path, dtype: str = "auto", device: str | None = None):
@@ -154,7 +154,7 @@ def ask_windows(
     """
     if not 0 <= overlap < window:
         raise ValueError(f"window is {window} s and overlap {overlap} s; a window must be longer than its overlap.")
-    clip = _encoded(model, processor, video, fps, None)
+    clip = _encoded(model, processor, video, fps, max_frames=sys.maxsize)  # each window is its own prompt
     starts = np.arange(0.0, max(clip.metadata["duration"] - overlap, 1e-9), window - overlap).tolist()
     parts = [(start, clip.window(start, start + window)) for start in starts]
     parts = [(start, part) for start, part in parts if part.frame_times]
@@ -211,7 +211,8 @@ class Chat:
 
     def __init__(self, model, processor, video, fps=None, max_frames=None, reinsert_clip: bool = True):
         self.model, self.processor, self.reinsert_clip = model, processor, reinsert_clip
-        max_frames = frames_that_fit(model, processor) if max_frames is None else max_frames
+        if max_frames is None and processor.video_processor.max_frames is None:
+            max_frames = frames_that_fit(model.config.text_config.max_position_embeddings)
         self.clip = _encoded(model, processor, video, fps, max_frames)
         self.fps = fps
         self.messages, self.times = [], []
@@ -237,11 +238,9 @@ class Chat:
         return answer | _sampling(self.clip, self.fps, self.processor)
 
 
-def frames_that_fit(model, processor) -> int:
-    """How many frames a question may be about: the processor's own limit, and what the context has room for."""
-    context = model.config.text_config.max_position_embeddings
-    room = context - min(TEXT_ROOM, context // 2)
-    return min(room, processor.video_processor.max_frames or room)
+def frames_that_fit(context: int) -> int:
+    """How many frames a question may be about, for a language model that reads `context` tokens."""
+    return context - min(TEXT_ROOM, context // 2)
 
 
 def _encoded(model, processor, video, fps: float | None, max_frames: int | None) -> EncodedClip:

@@ -228,7 +228,7 @@ def _convert(original: Original, destination: str | Path, options: Options, seed
     _leave_out(original, text_config.tie_word_embeddings)
     tokenizer = load_tokenizer(original.folder, text_config)
     vocabulary = set(tokenizer.get_vocab())
-    processor = _processor(original, tokenizer, options)
+    processor = _processor(original, tokenizer, options, text_config.max_position_embeddings)
     _check_match_token(original, processor.match_token_id)
     _add_match_row(original, text_config, processor.match_token_id)
 
@@ -262,13 +262,15 @@ def _convert(original: Original, destination: str | Path, options: Options, seed
     return _report(original.layout, destination, filled, original.left_out, options.dtype, files, notes)
 
 
-def _processor(original: Original, tokenizer: PreTrainedTokenizerBase, options: Options) -> ETChatProcessor:
+def _processor(
+    original: Original, tokenizer: PreTrainedTokenizerBase, options: Options, context: int
+) -> ETChatProcessor:
     words = original.tensors.get(f"{names.BERT}.embeddings.word_embeddings.weight")
     rows = words.shape[0] if words is not None else None
     qformer_tokenizer = load_qformer_tokenizer(options.qformer_tokenizer, rows)
     conv_type, use_time_tag = original.config["conv_type"], original.config["use_time_tag"]
     image_size = image_size_of(original.config)
-    return build_processor(tokenizer, qformer_tokenizer, conv_type, image_size, use_time_tag)
+    return build_processor(tokenizer, qformer_tokenizer, conv_type, image_size, use_time_tag, context)
 
 
 def _base_folder(base: str | Path | None, config: dict, folder: Path) -> Path:

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, BertTokenizerFast, GenerationConfig, Pre
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..chat_templates import load_chat_template
+from ..inference import frames_that_fit
 from ..processing_etchat import ETChatProcessor
 from ..video_processing_etchat import ETChatVideoProcessor
 from .sources import read_json, resolve_folder
@@ -76,9 +77,11 @@ def build_processor(
     conv_type: str,
     image_size: int,
     use_time_tag: bool,
+    context: int,
 ) -> ETChatProcessor:
     """
-    Our processor; it adds `<vid>` and `<image>` to `tokenizer` where they are missing.
+    Our processor; it adds `<vid>` and `<image>` to `tokenizer` where they are missing, and takes no more frames than
+    the language model's `context` (tokens) has room for.
 
     Raises:
         ValueError: an unknown conversation type.
@@ -86,7 +89,7 @@ def build_processor(
     if conv_type not in END_OF_TURN:
         raise ValueError(f"conv_type is {conv_type!r}; it must be one of {', '.join(END_OF_TURN)}.")
     return ETChatProcessor(
-        video_processor=ETChatVideoProcessor(size=image_size),
+        video_processor=ETChatVideoProcessor(size=image_size, max_frames=frames_that_fit(context)),
         tokenizer=tokenizer,
         qformer_tokenizer=qformer_tokenizer,
         chat_template=load_chat_template(conv_type),

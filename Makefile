@@ -5,13 +5,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format toy bench clean
+LMMS_VENV := .venv-lmms
+LMMS_INSTALLED := $(LMMS_VENV)/.installed
+# What lmms-eval's evaluator imports. It requires much more, such as a torchvision, of which the CPU's torch has none.
+LMMS_NEEDS := pytest datasets evaluate loguru numexpr pytablewriter python-dotenv sacrebleu tenacity
+
+.PHONY: demo test test-lmms lint format toy bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest
+
+test-lmms: $(LMMS_INSTALLED)
+	$(LMMS_VENV)/bin/python -m pytest tests_lmms
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -34,5 +42,11 @@ $(INSTALLED): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
+$(LMMS_INSTALLED): setup.py constraints-lmms.txt
+	$(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/python -m pip install --quiet --constraint constraints-lmms.txt --editable . $(LMMS_NEEDS)
+	$(LMMS_VENV)/bin/python -m pip install --quiet --constraint constraints-lmms.txt --no-deps lmms-eval
+	@touch $@
+
 clean:
-	rm -rf $(VENV) out build *.egg-info
+	rm -rf $(VENV) $(LMMS_VENV) out build *.egg-info

@@ -49,6 +49,7 @@ setup(
     packages=find_packages(include=["etchat_hf", "etchat_hf.*"]),
     package_data={
         "etchat_hf.chat_templates": ["*.jinja"],
+        "etchat_hf.evaluation.lmms.tasks": ["*/*yaml"],
         "etchat_hf.toy": ["checkpoint/*", "checkpoint/qformer_tokenizer/*"],
     },
     install_requires=REQUIRES,
@@ -59,5 +60,8 @@ setup(
         "dev": [*DEV, *TRAIN, *EVAL],
         "all": [*TRAIN, *EVAL, *APP],
     },
-    entry_points={"console_scripts": ["etchat = etchat_hf.cli:main"]},
+    entry_points={
+        "console_scripts": ["etchat = etchat_hf.cli:main"],
+        "lmms_eval.models": ["etchat = etchat_hf.evaluation.lmms.models:manifest"],
+    },
 )

@@ -289,18 +289,23 @@ def test_training_mode_neither_matters_nor_changes(tiny, world, alone):
     model.eval()
 
 
-def test_charades_predicts_the_matched_seconds(tiny, world, tmp_path):
+@pytest.mark.parametrize(("length", "is_span"), [(2, True), (3, False)])
+def test_charades_predicts_the_matched_seconds(tiny, world, tmp_path, monkeypatch, length, is_span):
+    """Of answers that are nothing but `<vid>`: two make a span, as they come; three make none."""
+    model, processor = tiny
+    others = [token for token in range(model.config.text_config.vocab_size) if token != processor.match_token_id]
+    monkeypatch.setattr(model.generation_config, "suppress_tokens", others)
     folder, _ = world
     lines = "".join(f"deep/{k} 1.0 3.0##the red circle appears.\n" for k in range(4)) + "nowhere 0 1##a.\n"
     (tmp_path / "test.txt").write_text(lines)
     rows = CHARADES.read(tmp_path / "test.txt")
-    settings = Settings(batch_size=2, max_new_tokens=16)
+    settings = Settings(batch_size=2, max_new_tokens=length)
     result = infer(*tiny, CHARADES, rows, folder / "videos", settings, show_progress=False)
     for k, row in enumerate(result.predictions[:4]):
         question = "Localize the video moment according to the query 'the red circle appears'."
-        single = ask(*tiny, folder / "videos" / "deep" / f"{k}.mp4", question, max_new_tokens=16)
-        assert row["response"] == single["answer"] and (row["pred"] or []) == single["timestamps"]
-    assert any(row["pred"] for row in result.predictions)
+        single = ask(*tiny, folder / "videos" / "deep" / f"{k}.mp4", question, max_new_tokens=length)
+        assert row["response"] == single["answer"] and len(single["timestamps"]) == length
+        assert row["pred"] == (single["timestamps"] if is_span else None)
     assert result.predictions[4]["pred"] is None and list(result.failures) == [4]
     assert evaluate_charades(result.predictions)["total"] == 5
 

@@ -22,8 +22,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
-messages = [{{"role": "user", "content": [{{"type": "video", "path": "video.mp4"}},
-                                        {{"type": "text", "text": "When does it happen?"}}]}}]
+content = [{{"type": "video", "path": "video.mp4"}}, {{"type": "text", "text": "When does it happen?"}}]
+messages = [{{"role": "user", "content": content}}]
 inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
 answer = processor.post_process(model.generate(**inputs, return_dict_in_generate=True))[0]
 ```

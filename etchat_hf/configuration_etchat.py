@@ -114,14 +114,27 @@ class ETChatConfig(PreTrainedConfig):
             raise ValueError(
                 f"vision_config.image_size {vision.image_size} is no multiple of its patch_size {vision.patch_size}."
             )
-        if self.num_query_tokens < 1:
+        self._check_heads()
+        if self.num_query_tokens < 1 and self.projector_type == "qformer":
             raise ValueError(f"num_query_tokens is {self.num_query_tokens}; the Q-Former needs at least one.")
-        if not self.fps > 0:
+        if not 0 < self.fps < float("inf"):
             raise ValueError(f"fps is {self.fps}; it must be greater than 0.")
-        if not self.alpha > 1:
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_id is {self.image_token_id}; it must be the placeholder's id.")
+        if not 1 < self.alpha < float("inf"):
             raise ValueError(f"alpha is {self.alpha}; it must be greater than 1 for the nearest frame to weigh most.")
         if self.use_matching:
             self._check_matching(text)
+
+    def _check_heads(self):
+        parts = {"vision_config": self.vision_config, "qformer_config": self.qformer_config}
+        for name, part in parts.items():
+            if part.num_hidden_layers < 1:
+                raise ValueError(f"{name}.num_hidden_layers is {part.num_hidden_layers}; it must be at least 1.")
+            if part.num_attention_heads < 1 or part.hidden_size % part.num_attention_heads:
+                raise ValueError(
+                    f"{name}.hidden_size {part.hidden_size} is no multiple of its {part.num_attention_heads} heads."
+                )
 
     def _check_matching(self, text: PreTrainedConfig):
         if self.match_token_id is None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import logging
 
@@ -41,14 +43,18 @@ def load(model: str | Path, dtype: str = "auto", device: str | None = None):
     device = _find_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be auto or one of {', '.join(DTYPES)}.")
-    with _quiet():
-        network, info = ETChatForConditionalGeneration.from_pretrained(
-            model, dtype=DTYPES.get(dtype, dtype), output_loading_info=True
-        )
+    try:
+        with _quiet():
+            network, info = ETChatForConditionalGeneration.from_pretrained(
+                model, dtype=DTYPES.get(dtype, dtype), output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        processor = ETChatProcessor.from_pretrained(model)
+    except (SafetensorError, RuntimeError, StrictDataclassError) as error:
+        raise ValueError(f"{model} cannot be loaded: {error}") from error
     check_complete(model, info)
     if dtype == "auto" and device.type == "cpu" and network.dtype == torch.float16:
         network = network.float()
-    return network.to(device).eval(), ETChatProcessor.from_pretrained(model)
+    return network.to(device).eval(), processor
 
 
 def _find_device(name: str | None) -> torch.device:
@@ -220,7 +226,7 @@ class Chat:
     def ask(self, question: str, src: list[float] | None = None, max_new_tokens: int = 2048) -> dict:
         """One turn: arguments, result and errors as [`ask`]'s. One that raises leaves the conversation as it was."""
         if src and not self.model.config.use_matching:
-            raise ValueError("--src gives times, but this model was trained without <vid> matching.")
+            raise ValueError("src gives times, but this model was trained without <vid> matching.")
         messages = [*self.messages, _user(question, None if self.messages else self.clip)]
         times = [*self.times, *(src or [])]
         inputs = self.processor.apply_chat_template(

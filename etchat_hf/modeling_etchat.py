@@ -297,8 +297,9 @@ class ETChatPreTrainedModel(PreTrainedModel):
         As `PreTrainedModel.from_pretrained`; a folder that holds an adapter and a config.json but no weights, as the
         checkpoints of LoRA training, is loaded upon the base that its adapter_config.json names.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not (folder / "adapter_config.json").is_file() or any(folder.glob("model*.safetensors*")):
+        folder = Path(pretrained_model_name_or_path or "")
+        is_stage = all((folder / name).is_file() for name in ("adapter_config.json", "config.json"))
+        if not is_stage or any(folder.glob("model*.safetensors*")):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
         # The folder's own configuration tells of heads and rows that the base lacks and the adapter fills.
@@ -382,6 +383,8 @@ class ETChatModel(ETChatPreTrainedModel):
         """See [`ETChatForConditionalGeneration.forward`]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if vid_times is not None and any(vid_times) and not self.config.use_matching:
+            raise ValueError("vid_times gives times, but this model was trained without <vid> matching.")
         layout = None
         if inputs_embeds is None:
             clips = frame_times or [], placeholder_clips or [[]] * len(input_ids)
@@ -563,7 +566,7 @@ def _position_ids(inputs_embeds, attention_mask, past_key_values):
 
 def _gather(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
     """Rows `index` (B, n) of `states` (B, m, width): (B, n, width)."""
-    return states.gather(1, index[..., None].expand(-1, -1, states.shape[-1]))
+    return states.gather(1, index.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
 
 
 class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedModel):
@@ -753,17 +756,18 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             `torch.FloatTensor` of shape `(B, n, T)`, float32, `-inf` where there is no frame.
         """
         scores = self.vid_head(states).float() @ frame_keys.mT
-        return scores.masked_fill(~frame_mask[:, None], float("-inf"))
+        return scores.masked_fill(~frame_mask[:, None].to(scores.device), float("-inf"))
 
     def _match_loss(self, outputs: ETChatModelOutputWithPast, frame_keys, labels, num_samples=None):
         """Soft-label cross entropy of the labels' `<vid>`: mean over a sample's targets, then over the samples."""
+        labels = labels.to(frame_keys.device)
         rows, columns = (labels[:, 1:] == self.config.match_token_id).nonzero(as_tuple=True)
         if rows.numel() == 0:  # the heads still take part, so that every DDP rank has all gradients
             idle = self.vid_head(outputs.match_states[:, :1]).sum() + frame_keys.sum()
             return idle * 0.0, frame_keys.new_zeros((0, frame_keys.shape[1]))
-        mask = outputs.frame_mask[rows]
+        mask = outputs.frame_mask.to(labels.device)[rows]
         scores = self.score_frames(outputs.match_states[rows, columns][:, None], frame_keys[rows], mask)[:, 0]
-        targets = outputs.vid_frames[rows, columns + 1]
+        targets = outputs.vid_frames.to(labels.device)[rows, columns + 1]
         distance = (torch.arange(scores.shape[1], device=scores.device) - targets[:, None]).abs()
         log_probs = (scores / math.sqrt(frame_keys.shape[-1])).log_softmax(-1).masked_fill(~mask, 0.0)
         losses = -(self.config.alpha**-distance * log_probs).sum(-1)

@@ -19,9 +19,18 @@ VID_TOKEN = "<vid>"
 IMAGE_TOKEN = "<image>"
 CLIP_TYPES = ("video", "image")
 CLIP_KEYS = ("video", "image", "path", "url")
-VIDEO_KWARGS = ("fps", "num_frames", "max_frames", "video_metadata")
-TOKENIZER_KWARGS = ("padding", "padding_side", "max_length", "truncation", "pad_to_multiple_of", "add_special_tokens")
-CALL_KWARGS = (*VIDEO_KWARGS, *TOKENIZER_KWARGS, "return_metadata")
+VIDEO_KWARGS = ("fps", "num_frames", "max_frames", "do_sample_frames", "video_metadata")
+TOKENIZER_KWARGS = (
+    "padding",
+    "padding_side",
+    "max_length",
+    "truncation",
+    "pad_to_multiple_of",
+    "add_special_tokens",
+    "return_offsets_mapping",
+)
+GROUPED_KWARGS = ("videos_kwargs", "text_kwargs", "common_kwargs")
+CALL_KWARGS = (*VIDEO_KWARGS, *TOKENIZER_KWARGS, *GROUPED_KWARGS, "return_metadata")
 SPAN = re.compile(r"<vid>\s*(?:-|–|—|to|until|till)\s*<vid>|between\s+<vid>\s+and\s+<vid>", re.IGNORECASE)
 
 
@@ -128,8 +137,9 @@ class ETChatProcessor(ProcessorMixin):
             return_metadata (`bool`, *optional*, defaults to `False`):
                 Whether to add `frame_indices` and `video_metadata` of the clips, which the model does not take.
             kwargs:
-                `fps`, `num_frames`, `max_frames` and `video_metadata` go to the video processor; `padding` (default:
-                to the longest), `padding_side`, `max_length`, `truncation`, ... to the tokenizer.
+                `fps`, `num_frames`, `max_frames`, `do_sample_frames` and `video_metadata` go to the video processor;
+                `padding` (default: to the longest), `padding_side`, `max_length`, `truncation`, ... to the tokenizer;
+                also grouped, as `videos_kwargs` and `text_kwargs`.
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` `(B, L)`; where there are clips `pixel_values`
@@ -141,7 +151,13 @@ class ETChatProcessor(ProcessorMixin):
                 time is outside its clip.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        for group in GROUPED_KWARGS:
+            kwargs |= kwargs.pop(group, {})
         video_kwargs = {key: kwargs.pop(key) for key in VIDEO_KWARGS if key in kwargs}
+        if unknown := kwargs.keys() - set(TOKENIZER_KWARGS):
+            raise TypeError(
+                f"ETChatProcessor takes no {', '.join(sorted(unknown))}; images and videos alike go into videos."
+            )
         counts = [prompt.count(IMAGE_TOKEN) for prompt in texts]
         rows = _arrange(videos, counts, single=isinstance(text, str), what="clip")
         clips, placeholder_clips = _unique(rows)
@@ -331,6 +347,8 @@ class ETChatProcessor(ProcessorMixin):
 
     def _decode(self, ids: list[int]) -> str:
         # As the original's transformers did: spaces before punctuation go where the tokenizer's configuration says.
+        # A generated placeholder is just an id, of a token that the original's tokenizer does not have.
+        ids = [token for token in ids if token != self.image_token_id]
         text = self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
         return self.tokenizer.clean_up_tokenization(text) if self.tokenizer.clean_up_tokenization_spaces else text
 

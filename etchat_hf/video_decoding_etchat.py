@@ -48,6 +48,9 @@ SPOOL_LIMIT = 1 << 26
 # torchcodec returns pictures in batches: of so many bytes, but of one picture at least.
 BATCH_BYTES = 1 << 26
 
+# More sampled frames than this (a day at 60 fps has half as many) are a mistake, not a wish.
+MOST_SAMPLES = 10_000_000
+
 # Decoding this many frames in a row costs no more than a seek, which throws away the frames in the decoder's threads.
 SEEK_MARGIN = 16
 
@@ -966,6 +969,8 @@ def sample_frame_indices(
         count = num_frames_wanted if max_frames is None else min(num_frames_wanted, max_frames)
         return frames_at(np.linspace(0, clock[-1], count), clock)
     step = average_fps / (1.0 if fps is None else fps)
+    if num_frames / step > MOST_SAMPLES:
+        raise ValueError(f"fps={fps:g} asks for {num_frames / step:.0f} frames; sample fewer")
     positions = np.arange(0, num_frames, step)
     if max_frames is not None and len(positions) > max_frames:
         positions = np.arange(max_frames) * (num_frames / max_frames)

@@ -1,5 +1,6 @@
 """The command `convert`: parsing of options and printing of the report."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -125,7 +126,11 @@ def convert(
         else:
             report = convert_checkpoint(*paths, base=base, options=options)
     except (OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from error
+    except (KeyError, TypeError, ZeroDivisionError, re.error) as error:
+        # A field of a JSON file is missing or of the wrong kind in a way that no check foresaw.
+        typer.echo(f"error: {paths[0]}: malformed configuration: {type(error).__name__} {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(str(report))
 

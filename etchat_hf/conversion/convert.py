@@ -44,6 +44,7 @@ DEFAULT_QFORMER_TOKENIZER = "bert-base-uncased"
 # What the published model takes of the vision encoder: all blocks but the last, at 224 pixels.
 VISION_OUTPUT_LAYER = -2
 IMAGE_SIZE = 224
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 MODEL_CODE = Path(modeling_etchat.__file__)
 
 
@@ -124,7 +125,9 @@ def convert_checkpoint(
         if is_lora(base_folder):
             raise ValueError(f"{base_folder}: the base is a LoRA checkpoint itself; merge it first (--to-original).")
         tensors, left_out = read_lora(folder, read_folder(base_folder))
-        original = Original("LoRA", folder, config, str(config_file), tensors, left_out)
+        original = Original(
+            "LoRA", _tokenizer_folder(folder, base_folder), config, str(config_file), tensors, left_out
+        )
         original.sources = [folder, base_folder]
     else:
         if base is not None:
@@ -271,6 +274,14 @@ def _processor(
     conv_type, use_time_tag = original.config["conv_type"], original.config["use_time_tag"]
     image_size = image_size_of(original.config)
     return build_processor(tokenizer, qformer_tokenizer, conv_type, image_size, use_time_tag, context)
+
+
+def _tokenizer_folder(folder: Path, base_folder: Path) -> Path:
+    """A LoRA checkpoint need not hold its tokenizer: then the training run's folder above it does, or the base."""
+    for candidate in (folder, folder.parent, base_folder):
+        if any((candidate / name).is_file() for name in TOKENIZER_FILES):
+            return candidate
+    return folder
 
 
 def _base_folder(base: str | Path | None, config: dict, folder: Path) -> Path:

@@ -37,7 +37,7 @@ def load_tokenizer(folder: Path, text_config: PreTrainedConfig) -> PreTrainedTok
     try:
         # With the language model's configuration, as its own repository would be read.
         return AutoTokenizer.from_pretrained(folder, config=text_config)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # tokenizers raises nothing more specific for a broken file
         raise ValueError(f"{folder}: no readable tokenizer ({_first_line(error)}).") from error
 
 

@@ -62,12 +62,15 @@ def ask(
     window: Annotated[float | None, typer.Option(help="Ask of windows of so many seconds, in one batch.")] = None,
     overlap: Annotated[float, typer.Option(help="Seconds that neighbouring windows share.")] = 0.0,
     interactive: Annotated[
-        bool, typer.Option("--interactive", help="Go on with further questions, a line each, from standard input.")
+        bool,
+        typer.Option(
+            "--interactive", help="Go on with further questions of one conversation, a line each, from standard input."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Ask one question about one video; times in the answer are seconds since its first frame."""
-    _check_ask(question, src, max_frames, window, interactive)
+    _check_ask(question, src, max_frames, window, overlap, interactive)
     from etchat_hf.inference import Chat, ask_windows, load
     from etchat_hf.toy import bundled_checkpoint
 
@@ -79,16 +82,20 @@ def ask(
         _print_answer(answer, as_json)
         return
     chat = Chat(network, processor, video, fps=fps, max_frames=max_frames)
-    if question is not None:
+    if question:
         _print_answer(chat.ask(question, src, max_new_tokens), as_json)
-    for line in sys.stdin if interactive else ():
-        if line.strip():
-            _print_answer(chat.ask(line.strip(), max_new_tokens=max_new_tokens), as_json)
+    for line in filter(None, map(str.strip, sys.stdin if interactive else ())):
+        try:
+            _print_answer(chat.ask(line, max_new_tokens=max_new_tokens), as_json)
+        except ValueError as error:  # the conversation is as it was: the next question can be asked
+            typer.echo(f"etchat: error: {error}", err=True)
 
 
-def _check_ask(question, src, max_frames, window, interactive: bool) -> None:
-    if question is None and not interactive:
+def _check_ask(question, src, max_frames, window, overlap, interactive: bool) -> None:
+    if not question and not interactive:
         raise ValueError("give a QUESTION, or --interactive.")
+    if window is None and overlap:
+        raise ValueError(f"--overlap {overlap:g} is what windows share; give --window too.")
     if window is not None and (interactive or src or max_frames):
         raise ValueError(
             "--window asks one question without times, at one rate: leave --interactive, --src, --max-frames."

@@ -75,6 +75,14 @@ def bad_files(tmp_path, converted, golden, clip):
     tensors = load_file(short / "model.safetensors")
     tensors.pop("vid_head.0.bias")
     save_file(tensors, short / "model.safetensors", {"format": "pt"})
+    cut = shutil.copytree(converted, tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:100000])
+    narrow = shutil.copytree(converted, tmp_path / "narrow")
+    tensors = load_file(narrow / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][:100].clone()
+    save_file(tensors, narrow / "model.safetensors", {"format": "pt"})
+    odd = shutil.copytree(converted, tmp_path / "odd")
+    (odd / "config.json").write_text(json.dumps(json.loads((odd / "config.json").read_text()) | {"alpha": "two"}))
     return {"original": golden / "phi3_stage3" / "original", "tmp": tmp_path}
 
 
@@ -100,6 +108,10 @@ def bad_files(tmp_path, converted, golden, clip):
         ("{clip}", "When?", ("--model", "{tmp}/notes.txt"), "is a file"),
         ("{clip}", "When?", ("--model", "{original}"), "etchat convert"),
         ("{clip}", "When?", ("--model", "{tmp}/short"), "missing keys: vid_head.0.bias"),
+        ("{clip}", "When?", ("--model", "{tmp}/cut"), "cut cannot be loaded"),
+        ("{clip}", "When?", ("--model", "{tmp}/narrow"), "mismatched keys"),
+        ("{clip}", "When?", ("--model", "{tmp}/odd"), "alpha"),
+        ("{clip}", "When?", ("--fps", "1e9"), "fps=1e+09"),
     ],
 )
 def test_ask_refuses_in_one_line(capsys, converted, clip, bad_files, video, question, options, message):

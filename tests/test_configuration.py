@@ -40,6 +40,10 @@ def test_qformer_reads_what_the_vision_encoder_writes():
         ({"projector_type": "linear"}, "linear"),
         ({"projector_type": "mlp2x_gelu", "use_time_tag": True}, "use_time_tag"),
         ({"num_query_tokens": 0}, "num_query_tokens"),
+        ({"alpha": float("inf")}, "alpha is inf"),
+        ({"image_token_id": -1}, "image_token_id is -1"),
+        ({"qformer_config": {"hidden_size": 32, "num_attention_heads": 5}}, "no multiple of its 5 heads"),
+        ({"vision_config": {"num_hidden_layers": 0}}, "num_hidden_layers is 0"),
     ],
 )
 def test_impossible_combinations_are_refused(fields, message):

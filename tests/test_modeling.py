@@ -234,6 +234,11 @@ def test_what_does_not_go_together_is_refused(changes, message):
         tiny_model()(**_break(tiny_batch([0]), **changes))
 
 
+def test_times_without_matching_are_refused():
+    with pytest.raises(ValueError, match="without <vid> matching"):
+        tiny_model(use_matching=False, match_token_id=None)(**tiny_batch([0]), vid_times=[[1.0]])
+
+
 def test_a_vid_without_a_clip_is_refused():
     with pytest.raises(ValueError, match="no clip"):
         tiny_model()(input_ids=torch.tensor([[5, VID, 6]]), vid_times=[[1.0]])

@@ -248,6 +248,22 @@ def test_answers_are_read(processor, words, frames, expected, spans):
     assert result["confidences"] == pytest.approx([0.02] * len(frames))
 
 
+def test_a_generated_placeholder_is_not_part_of_the_answer(processor):
+    """The original's tokenizer has no such token: it decodes to nothing."""
+    result = answer(processor, "At<image> <vid><image>", [2])
+    assert "<image>" not in result["text"] and "<image>" not in result["raw_text"]
+
+
+def test_arguments_may_be_grouped_and_none_is_swallowed(processor, clip):
+    inputs = processor("<image>\nx", videos=str(clip), qformer_text="x", videos_kwargs={"fps": 2})
+    assert len(inputs["frame_times"][0]) == 24
+    every = processor("<image>\nx", videos=str(clip), qformer_text="x", do_sample_frames=False)
+    assert len(every["frame_times"][0]) == 120
+    for wrong in ({"fsp": 2}, {"images": [1]}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            processor("<image>\nx", videos=str(clip), qformer_text="x", **wrong)
+
+
 def test_seconds_are_rounded_in_the_text_only(processor):
     result = answer(processor, "<vid> <vid>", [3, 5], step=0.7)
     assert result["text"].split() == ["2.1", "3.5"]

@@ -140,3 +140,16 @@ def test_missing_half(lora, base, tmp_path, options):
     (lora / "pytorch_model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="lora: holds no weights"):
         convert_checkpoint(lora, tmp_path / "out", base=base, options=options)
+
+
+@pytest.mark.parametrize("at", ["above", "base"])
+def test_the_tokenizer_may_be_above_or_in_the_base(lora, base, tmp_path, options, at):
+    """As in a training run's checkpoint-N, which holds weights and configurations alone."""
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    for file in lora.iterdir():
+        kind = checkpoint if not file.name.startswith(("tokenizer", "special", "generation")) else checkpoint.parent
+        if kind == checkpoint or at == "above":
+            shutil.copy(file, kind / file.name)
+    convert_checkpoint(checkpoint, tmp_path / "out", base=base, options=options)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()

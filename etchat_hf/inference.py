@@ -217,8 +217,9 @@ class Chat:
 
     def __init__(self, model, processor, video, fps=None, max_frames=None, reinsert_clip: bool = True):
         self.model, self.processor, self.reinsert_clip = model, processor, reinsert_clip
-        if max_frames is None and processor.video_processor.max_frames is None:
-            max_frames = frames_that_fit(model.config.text_config.max_position_embeddings)
+        if max_frames is None:
+            room = frames_that_fit(model.config.text_config.max_position_embeddings)
+            max_frames = min(room, processor.video_processor.max_frames or room)
         self.clip = _encoded(model, processor, video, fps, max_frames)
         self.fps = fps
         self.messages, self.times = [], []

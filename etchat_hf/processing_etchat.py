@@ -418,13 +418,14 @@ def _unique(rows: list[list]) -> tuple[list, list[list[int]]]:
     """The clips without repetition, and for each row the clip of each of its placeholders."""
     clips, known, placeholder_clips = [], {}, []
     for row in rows:
+        indices = []
         for clip in row:
             key = os.fspath(clip) if isinstance(clip, str | os.PathLike) else id(clip)
             if key not in known:
                 known[key] = len(clips)
                 clips.append(clip)
-        keys = [os.fspath(clip) if isinstance(clip, str | os.PathLike) else id(clip) for clip in row]
-        placeholder_clips.append([known[key] for key in keys])
+            indices.append(known[key])
+        placeholder_clips.append(indices)
     return clips, placeholder_clips
 
 
@@ -486,25 +487,20 @@ def _questions(messages: list[dict]) -> list[str]:
 
 def _assistant_masks(inputs: BatchFeature, prompts: list[str], generated: list, return_tensors: str | None):
     """1 for tokens within the assistant's parts of the prompts, whose placeholders have been expanded since."""
-    offsets = inputs.pop("offset_mapping")
+    offsets, attention = _as_lists(inputs.pop("offset_mapping")), _as_lists(inputs["attention_mask"])
     clips = inputs.get("placeholder_clips", [[]] * len(prompts))
     masks = []
-    for prompt, spans, row, tokens in zip(prompts, generated, clips, offsets, strict=True):
+    for prompt, spans, row, tokens, attended in zip(prompts, generated, clips, offsets, attention, strict=True):
         sizes = [len(inputs["frame_times"][clip]) for clip in row]
         places = [found.end() for found in re.finditer(IMAGE_TOKEN, prompt)]
-
         growth = [(place, len(IMAGE_TOKEN) * (size - 1)) for place, size in zip(places, sizes, strict=True)]
         spans = [[char + sum(more for place, more in growth if place <= char) for char in span] for span in spans]
-        starts_in = [[int(s <= a < e or a < s < b) for s, e in spans] for a, b in _pairs(tokens)]
-        masks.append([max(hits, default=0) for hits in starts_in])
-    masks = [
-        [hit if attended else 0 for hit, attended in zip(mask, attention, strict=True)]
-        for mask, attention in zip(masks, _pairs(inputs["attention_mask"]), strict=True)
-    ]
+        inside = [any(s <= a < e or a < s < b for s, e in spans) for a, b in tokens]
+        masks.append([int(hit and kept) for hit, kept in zip(inside, attended, strict=True)])
     return torch.tensor(masks) if return_tensors == "pt" else masks
 
 
-def _pairs(values) -> list:
+def _as_lists(values) -> list:
     return values.tolist() if isinstance(values, torch.Tensor) else values
 
 

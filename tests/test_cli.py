@@ -7,25 +7,6 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from etchat_hf.cli import main
-from etchat_hf.verification import write_clip
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
-    write_clip(path, fps=10, size=64)
-    return path
-
-
-@pytest.fixture
-def eager_vid(converted, tmp_path):
-    """The converted checkpoint, made to answer `<vid>` at every step."""
-    folder = shutil.copytree(converted, tmp_path / "eager")
-    config = json.loads((folder / "config.json").read_text())
-    others = [token for token in range(config["text_config"]["vocab_size"]) if token != config["match_token_id"]]
-    generation = json.loads((folder / "generation_config.json").read_text()) | {"suppress_tokens": others}
-    (folder / "generation_config.json").write_text(json.dumps(generation))
-    return folder
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:

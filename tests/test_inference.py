@@ -1,21 +1,10 @@
 """One encoding for many questions: chats, windows, encoded clips."""
 
-import json
-import shutil
-
 import pytest
 import torch
 
 from etchat_hf import inference
 from etchat_hf.inference import Chat, ask, ask_windows, load, merge_spans
-from etchat_hf.verification import write_clip
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
-    write_clip(path, fps=10, size=64)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +13,8 @@ def loaded(converted):
 
 
 @pytest.fixture(scope="module")
-def timely(converted, tmp_path_factory):
-    """The same checkpoint, made to answer `<vid>` at every step."""
-    folder = shutil.copytree(converted, tmp_path_factory.mktemp("timely") / "model")
-    config = json.loads((folder / "config.json").read_text())
-    others = [token for token in range(config["text_config"]["vocab_size"]) if token != config["match_token_id"]]
-    generation = json.loads((folder / "generation_config.json").read_text()) | {"suppress_tokens": others}
-    (folder / "generation_config.json").write_text(json.dumps(generation))
-    return load(folder)
+def timely(eager_vid):
+    return load(eager_vid)
 
 
 def test_an_encoded_clip_gives_the_answers_of_its_file(loaded, clip, monkeypatch):

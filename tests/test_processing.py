@@ -18,15 +18,6 @@ def processor(converted) -> ETChatProcessor:
 
 
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    from etchat_hf.verification import write_clip
-
-    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
-    write_clip(path, fps=10, size=64)
-    return path
-
-
-@pytest.fixture(scope="module")
 def image():
     return PIL.Image.fromarray(np.full((40, 60, 3), 90, dtype=np.uint8))
 

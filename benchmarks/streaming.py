@@ -14,10 +14,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from reporting import note, report
+
 WORDS = (
     "a person opens the door and red square moves before blue circle appears on the table while camera walks".split()
 )
-LIMITS = {"first": (6.0, 300), "again": (2.0, 300)}  # seconds to the first batch, MB above the imports
+# What it is called, seconds to the first batch, MB above the imports.
+LIMITS = {"first": ("index to be made", 6.0, 300), "again": ("index cached", 2.0, 300)}
 
 
 def write_annotations(path: Path, rows: int) -> None:
@@ -95,13 +98,13 @@ def main() -> int:
     for what, result in results.items():
         print(f"{what:10s}" + "".join(f"  {name} {value:8.1f}" for name, value in result.items()))
     ratio = results["json.load"]["peak MB above import"] / results["first"]["peak MB above import"]
-    print(f"json.load needs {ratio:.0f} times the memory")
-    return int(
-        any(
-            results[what]["first batch, s"] > seconds or results[what]["peak MB above import"] > megabytes
-            for what, (seconds, megabytes) in LIMITS.items()
-        )
-    )
+    note(f"{arguments.rows} rows; json.load of the whole file needs {ratio:.0f} times the memory.")
+    held = []
+    for what, (name, seconds, megabytes) in LIMITS.items():
+        held.append(report(f"First batch, {name}", [results[what]["first batch, s"]], seconds, unit="s"))
+        memory = results[what]["peak MB above import"]
+        held.append(report(f"Memory above the imports, {name}", [memory], megabytes, unit="MB"))
+    return int(not all(held))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""Runs all benchmarks, each in a process of its own, and writes benchmarks/RESULTS.md: `make bench`.
+
+`python benchmarks/run.py [SCRIPT ...]` runs only those. Exit code: 0 if every claim holds or its script says why it
+cannot, 1 if one is missed without a reason or a script broke.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from reporting import RESULTS_VARIABLE
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "RESULTS.md"
+HELPERS = {"measuring.py", "mid_size.py", "reporting.py", "run.py"}
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "av", "decord", "torchao")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scripts", nargs="*", help="names such as vision.py; all by default")
+    chosen = parser.parse_args().scripts
+    names = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in HELPERS)
+    if unknown := set(chosen) - set(names):
+        parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
+    sections, good = [], True
+    for name in chosen or names:
+        print(f"== {name}", flush=True)
+        entries, minutes, broke = run_script(name)
+        good = good and not broke and all(entry.get("held", True) or entry["reason"] for entry in entries)
+        sections.append(section(name, entries, minutes, broke))
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text("\n\n".join([heading(), *sections]) + "\n", encoding="utf-8")
+    os.replace(partial, RESULTS)
+    print(f"wrote {RESULTS.relative_to(FOLDER.parent)}")
+    return int(not good)
+
+
+def run_script(name: str) -> tuple[list[dict], float, bool]:
+    """What a script recorded, how many minutes it took, and whether it ended otherwise than by its claims."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "results.jsonl"
+        path.touch()
+        start = time.perf_counter()
+        process = subprocess.run(
+            [sys.executable, str(FOLDER / name)], env=os.environ | {RESULTS_VARIABLE: str(path)}, cwd=FOLDER.parent
+        )
+        minutes = (time.perf_counter() - start) / 60
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    missed = any(entry.get("held") is False for entry in entries)
+    return entries, minutes, process.returncode != 0 and not (process.returncode == 1 and missed)
+
+
+def heading() -> str:
+    rows = [f"- {name}: {value}" for name, value in {**machine(), "Versions": versions()}.items()]
+    return "\n".join(
+        [
+            "# Benchmarks",
+            "",
+            "Written by `make bench`: each figure is a ratio, or a size above what is named beside it, measured in",
+            "one run on one machine. A claim holds if the median of its repeats does.",
+            "",
+            f"- Date: {datetime.date.today().isoformat()}",
+            *rows,
+        ]
+    )
+
+
+def machine() -> dict[str, str]:
+    model = platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {"Machine": f"{model}, {cores} cores, {memory:.0f} GiB of memory; GPU: {gpu}"}
+
+
+def versions() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} absent")
+    return ", ".join(found)
+
+
+def section(name: str, entries: list[dict], minutes: float, broke: bool) -> str:
+    lines = [f"## {name}", "", f"{minutes:.1f} minutes."]
+    if broke:
+        lines += ["", "**The script broke before it was through.**"]
+    claims = [entry for entry in entries if "claim" in entry]
+    if claims:
+        lines += ["", "| claim | min | median | max | limit | |", "|---|---|---|---|---|---|", *map(row, claims)]
+    for entry in entries:
+        if entry.get("held") is False and entry["reason"]:
+            lines += ["", f"Missed: {entry['claim']}.", "", entry["reason"]]
+        elif "note" in entry:
+            lines += ["", entry["note"]]
+    return "\n".join(lines)
+
+
+def row(entry: dict) -> str:
+    if "not_run" in entry:
+        return f"| {entry['claim']} | | | | | not run: {entry['not_run']} |"
+    low, median, high = (f"{entry[key]:.3g}" for key in ("min", "median", "max"))
+    limit = f"{'at most' if entry['at_most'] else 'at least'} {entry['limit']:g} {entry['unit']}"
+    return f"| {entry['claim']} | {low} | {median} | {high} | {limit} | {'holds' if entry['held'] else '**missed**'} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

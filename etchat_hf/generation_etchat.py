@@ -13,7 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 PER_CLIP_INPUTS = ("pixel_values", "vision_features", "frame_times")
 PER_PLACEHOLDER_INPUTS = ("qformer_input_ids", "qformer_attention_mask")
 PER_ROW_LISTS = ("placeholder_clips", "vid_times")
-PROMPT_INPUTS = (*PER_CLIP_INPUTS, *PER_PLACEHOLDER_INPUTS, *PER_ROW_LISTS)
+PROMPT_INPUTS = (*PER_CLIP_INPUTS, *PER_PLACEHOLDER_INPUTS, *PER_ROW_LISTS, "prompt_length")
 
 
 @dataclass
@@ -64,14 +64,17 @@ class ETChatGenerationMixin(GenerationMixin):
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        prompt = kwargs.get("input_ids")
+        prompt_length = 1 if prompt is None else prompt.shape[1]  # without a prompt it is the first token, <bos>
         if (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0:
             raise ValueError("generate() cannot continue from a filled past_key_values; pass the whole conversation.")
         self._align_left(kwargs)
         recorder = []
-        outputs = super().generate(generation_config=generation_config, match_recorder=recorder, **kwargs)
+        outputs = super().generate(
+            generation_config=generation_config, match_recorder=recorder, prompt_length=prompt_length, **kwargs
+        )
         if isinstance(outputs, torch.Tensor):
             return outputs
-        prompt_length = kwargs["input_ids"].shape[1]
         matches = self._collect_matches(outputs.sequences, recorder, prompt_length, kwargs)
         return ETChatGenerateOutput(**outputs, matches=matches, prompt_length=prompt_length)
 
@@ -130,21 +133,21 @@ class ETChatGenerationMixin(GenerationMixin):
         if is_first_iteration:  # a mask made ahead for a compilable cache would lack the frame blocks
             model_inputs["attention_mask"] = kwargs.get("attention_mask")
         if vid_frames is not None:
-            model_inputs["vid_frames"] = vid_frames[:, -model_inputs["input_ids"].shape[1] :]
+            model_inputs["vid_frames"] = vid_frames
         return model_inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
         if outputs.match_scores is None:
             return model_kwargs
-        scores = outputs.match_scores[:, -1]
+        scores = outputs.match_scores[:, -1].clone()  # the next replay of a CUDA graph writes over its outputs
         model_kwargs["match_recorder"].append(scores)
-        known = model_kwargs.get("vid_frames")
         frames = scores.argmax(-1, keepdim=True).float()
-        model_kwargs["vid_frames"] = torch.cat([outputs.vid_frames if known is None else known, frames], dim=1)
-        if model_kwargs.get("use_cache", True):
-            for key in ("frame_embeds", "frame_keys", "frame_mask"):
-                model_kwargs[key] = outputs[key]
+        if not model_kwargs.get("use_cache", True):
+            frames = torch.cat([outputs.vid_frames, frames], dim=1)
+        elif "frame_keys" not in model_kwargs:  # the prompt's, which no later step changes
+            model_kwargs |= {key: outputs[key] for key in ("frame_embeds", "frame_keys", "frame_mask")}
+        model_kwargs["vid_frames"] = frames
         return model_kwargs
 
     def _collect_matches(self, sequences, recorder: list, prompt_length: int, kwargs: dict) -> list[list[VidMatch]]:

@@ -20,14 +20,17 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_masks_for_generate, or_masks
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerMultiHeadAttention
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_etchat import ETChatConfig
 from .generation_etchat import ETChatGenerationMixin
 
 LAYER_NORM_EPS = 1e-5
-# Frames that pass the vision encoder at once: enough to fill the matrix units, few enough to bound the activations.
-VISION_CHUNK_FRAMES = 64
+# Frames that are encoded at once: enough to fill a GPU, few enough to bound the activations. On a CPU so few that they
+# stay in its caches, which saves the encoder a seventh of its time.
+CHUNK_FRAMES, CPU_CHUNK_FRAMES = 64, 8
 FRAME_BLOCK_ATTENTION = ("eager", "sdpa", "flex_attention")
 
 
@@ -111,12 +114,14 @@ class FrameLayout:
     text_index: torch.LongTensor
 
     @classmethod
-    def locate(cls, input_ids, attention_mask, image_token_id, frame_times, placeholder_clips) -> "FrameLayout":
+    def locate(
+        cls, input_ids, attention_mask, image_token_id, frame_times, placeholder_clips, prompt_length=None
+    ) -> "FrameLayout":
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(B, L)`): tokens with one placeholder per frame.
             attention_mask (`torch.LongTensor` of shape `(B, L)`, *optional*): 0 for padding.
-            frame_times, placeholder_clips: see [`ETChatForConditionalGeneration.forward`].
+            frame_times, placeholder_clips, prompt_length: see [`ETChatForConditionalGeneration.forward`].
 
         Raises:
             ValueError: if a row's placeholder tokens are not as many as the frames of its clips.
@@ -124,6 +129,8 @@ class FrameLayout:
         clip_sizes = [len(times) for times in frame_times]
         sizes = [[clip_sizes[clip] for clip in clips] for clips in placeholder_clips]
         is_frame = input_ids == image_token_id
+        if prompt_length is not None:
+            is_frame[:, prompt_length:] = False
         found, expected = is_frame.sum(1).tolist(), [sum(row) for row in sizes]
         if found != expected:
             raise ValueError(
@@ -185,6 +192,52 @@ def _block_overlay(blocks: torch.LongTensor):
     return or_masks(*map(one_block, starts.unbind(1), ends.unbind(1)))
 
 
+@dataclass
+class QueryFolding:
+    """
+    Which of N texts are about which of F frames, so that what is computed of a frame serves all its texts.
+
+    Args:
+        places (`torch.LongTensor` of shape `(N,)`): place of each text among those of all frames.
+        frames (`int`): F.
+        texts (`int`): the most texts that one frame has.
+    """
+
+    places: torch.LongTensor
+    frames: int
+    texts: int
+
+    @classmethod
+    def of(cls, frame_index: torch.LongTensor, frames: int) -> "QueryFolding":
+        """`frame_index` (N,) says which frame each text is about."""
+        counts = torch.bincount(frame_index, minlength=frames)
+        order = frame_index.argsort(stable=True)
+        ranks = torch.empty_like(order)
+        ranks[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[frame_index[order]]
+        texts = int(counts.max())
+        return cls(frame_index * texts + ranks, frames, texts)
+
+    def fold(self, queries: torch.Tensor) -> torch.Tensor:
+        """The queries `(N, q, width)` of all texts beside each other: `(F, texts * q, width)`."""
+        beside = queries.new_zeros(self.frames * self.texts, *queries.shape[1:])
+        return beside.index_copy(0, self.places.to(queries.device), queries).view(self.frames, -1, queries.shape[-1])
+
+    def unfold(self, states: torch.Tensor) -> torch.Tensor:
+        """Back to `(N, q, width)`."""
+        states = states.reshape(self.frames * self.texts, -1, states.shape[-1])
+        return states[self.places.to(states.device)]
+
+
+class SharedCrossAttention(InstructBlipQFormerMultiHeadAttention):
+    """Cross-attention for which a frame's keys and values are computed once for all its texts."""
+
+    def forward(self, hidden_states, attention_mask=None, *, folding: QueryFolding | None = None, **kwargs):
+        if folding is None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        output, weights = super().forward(folding.fold(hidden_states), attention_mask, **kwargs)
+        return folding.unfold(output), weights
+
+
 class ETChatFrameCompressor(nn.Module):
     """One embedding per frame for a question: Q-Former, aggregator, projector (E.T. Bench paper, section 4)."""
 
@@ -199,34 +252,45 @@ class ETChatFrameCompressor(nn.Module):
         last = self.qformer.encoder.layer[-1]
         last.intermediate.requires_grad_(False)
         last.output.requires_grad_(False)
+        for layer in self.qformer.encoder.layer:
+            if layer.has_cross_attention:
+                layer.crossattention.attention = SharedCrossAttention(config.qformer_config, is_cross_attention=True)
         self.query_projection = nn.Linear(query_width, width)
         self.aggregator_query = _norm_linear(width, width)
         self.aggregator_key = _norm_linear(width, width)
         self.projector = _norm_linear(width, text_width)
 
-    def forward(self, vision_features, qformer_input_ids, qformer_attention_mask):
+    def forward(self, vision_features, qformer_input_ids, qformer_attention_mask, frame_index=None):
         """
         Args:
-            vision_features (`torch.FloatTensor` of shape `(N, patches, C)`): N frames, before any norm.
-            qformer_input_ids (`torch.LongTensor` of shape `(N, words)`): each frame's question.
+            vision_features (`torch.FloatTensor` of shape `(F, patches, C)`): F frames, before any norm.
+            qformer_input_ids (`torch.LongTensor` of shape `(N, words)`): N questions, each about one frame.
             qformer_attention_mask (`torch.LongTensor` of shape `(N, words)`): 1 for words, 0 for padding.
+            frame_index (`torch.LongTensor` of shape `(N,)`, *optional*): the frame that each question is about; by
+                default a question for each frame in order.
 
         Returns:
             `torch.FloatTensor` of shape `(N, text hidden)`.
         """
-        queries = self.query_tokens.expand(len(vision_features), -1, -1)
+        folding = None if frame_index is None else QueryFolding.of(frame_index, len(vision_features))
+        queries = self.query_tokens.expand(len(qformer_input_ids), -1, -1)
         num_queries = queries.shape[1]
         hidden = self.qformer(
             input_ids=qformer_input_ids,
             attention_mask=nn.functional.pad(qformer_attention_mask, (num_queries, 0), value=1),
             query_embeds=queries,
             encoder_hidden_states=self.vision_layernorm(vision_features),
+            folding=folding,
         ).last_hidden_state[:, :num_queries]
         queries = self.query_projection(hidden)
-        scores = self.aggregator_query(queries) @ self.aggregator_key(vision_features).mT
-        attention = (scores / math.sqrt(vision_features.shape[-1])).softmax(-1)
-        pooled = (attention @ vision_features + queries).mean(1)
-        return self.projector(pooled)
+        sought = self.aggregator_query(queries)
+        if folding is not None:
+            sought = folding.fold(sought)
+        scores = sought @ self.aggregator_key(vision_features).mT
+        found = (scores / math.sqrt(vision_features.shape[-1])).softmax(-1) @ vision_features
+        if folding is not None:
+            found = folding.unfold(found)
+        return self.projector((found + queries).mean(1))
 
 
 class ETChatPooledProjector(nn.Module):
@@ -240,8 +304,8 @@ class ETChatPooledProjector(nn.Module):
             layers += [nn.GELU(), nn.Linear(text_width, text_width)]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, vision_features, qformer_input_ids=None, qformer_attention_mask=None):
-        """As [`ETChatFrameCompressor`], of which it ignores the texts."""
+    def forward(self, vision_features):
+        """`(F, patches, C)` to `(F, text hidden)`."""
         return self.layers(vision_features.mean(1))
 
 
@@ -321,6 +385,9 @@ class ETChatPreTrainedModel(PreTrainedModel):
 class ETChatModel(ETChatPreTrainedModel):
     """Vision encoder, frame compressor and decoder blocks; no heads."""
 
+    # Of the language model's blocks, whose own class says which modules give them.
+    _can_record_outputs = {"hidden_states": "language_model.layers", "attentions": "language_model.layers.self_attn"}
+
     def __init__(self, config: ETChatConfig):
         super().__init__(config)
         self.vision_tower = InstructBlipVisionModel(config.vision_config)
@@ -337,7 +404,8 @@ class ETChatModel(ETChatPreTrainedModel):
     @torch.no_grad()
     def get_vision_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """
-        Encodes frames, once for any number of questions: pass the result on as `vision_features`.
+        Encodes frames, once for any number of questions: pass the result on as `vision_features`. Beyond the result
+        it takes the memory of a few frames only.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(N, 3, size, size)`): normalised frames.
@@ -345,20 +413,54 @@ class ETChatModel(ETChatPreTrainedModel):
         Returns:
             `torch.FloatTensor` of shape `(N, patches, C)`, without gradient.
         """
-        chunks = pixel_values.to(self.vision_tower.dtype).split(VISION_CHUNK_FRAMES)
-        return torch.cat([self.vision_tower(chunk).last_hidden_state[:, 1:] for chunk in chunks])
+        size = CPU_CHUNK_FRAMES if pixel_values.device.type == "cpu" else CHUNK_FRAMES
+        features = None
+        for number, chunk in enumerate(pixel_values.split(size)):
+            patches = self.vision_tower(chunk.to(self.vision_tower.dtype)).last_hidden_state[:, 1:]
+            if features is None:
+                features = patches.new_empty(len(pixel_values), *patches.shape[1:])
+            features[number * size : number * size + len(patches)] = patches
+        return features
 
-    def get_frame_embeds(self, vision_features, qformer_input_ids=None, qformer_attention_mask=None):
+    def get_frame_embeds(self, vision_features, qformer_input_ids=None, qformer_attention_mask=None, frame_index=None):
         """
-        Compresses frames: `(N, patches, C)` and one text per frame, `(N, words)`, to `(N, text hidden)`.
+        Compresses frames, each once for all questions about it.
+
+        Args:
+            vision_features (`torch.FloatTensor` of shape `(F, patches, C)`): what [`get_vision_features`] returned.
+            qformer_input_ids, qformer_attention_mask (`torch.LongTensor` of shape `(N, words)`, *optional*):
+                N questions, each about one frame; the pooled projector needs none.
+            frame_index (`torch.LongTensor` of shape `(N,)`, *optional*):
+                The frame that each question is about; by default a question for each frame in order.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, text hidden)`.
 
         Raises:
             ValueError: if the question-conditioned compressor gets no text.
         """
-        if qformer_input_ids is None and self.config.projector_type == "qformer":
+        if self.config.projector_type != "qformer":
+            embeds = self.compressor(vision_features)
+            return embeds if frame_index is None else embeds[frame_index.to(embeds.device)]
+        if qformer_input_ids is None:
             raise ValueError("Frames need qformer_input_ids and qformer_attention_mask, a text per placeholder.")
-        return self.compressor(vision_features, qformer_input_ids, qformer_attention_mask)
+        texts = qformer_input_ids, qformer_attention_mask
+        # Training keeps all activations anyway, and processes in lockstep must make the same steps.
+        if len(vision_features) <= CHUNK_FRAMES or torch.is_grad_enabled() or _in_lockstep(self):
+            return self.compressor(vision_features, *texts, frame_index)
+        if frame_index is None:
+            frame_index = torch.arange(len(vision_features), device=qformer_input_ids.device)
+        chunk_of = frame_index // CHUNK_FRAMES
+        order, embeds = [], []
+        for number, chunk in enumerate(vision_features.split(CHUNK_FRAMES)):
+            asked = (chunk_of == number).nonzero().flatten()
+            if len(asked):
+                index = frame_index[asked] - number * CHUNK_FRAMES
+                embeds.append(self.compressor(chunk, *(text[asked] for text in texts), index))
+                order.append(asked)
+        return torch.cat(embeds)[torch.cat(order).argsort().to(embeds[0].device)]
 
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -377,7 +479,7 @@ class ETChatModel(ETChatPreTrainedModel):
         vid_frames: torch.FloatTensor | None = None,
         frame_embeds: torch.FloatTensor | None = None,
         frame_mask: torch.BoolTensor | None = None,
-        output_hidden_states: bool | None = None,
+        prompt_length: int | None = None,
         **kwargs,
     ) -> ETChatModelOutputWithPast:
         """See [`ETChatForConditionalGeneration.forward`]."""
@@ -391,7 +493,9 @@ class ETChatModel(ETChatPreTrainedModel):
             if frame_embeds is None and (
                 frame_times is not None or past_key_values is None or self.config.use_matching
             ):
-                layout = FrameLayout.locate(input_ids, attention_mask, self.config.image_token_id, *clips)
+                layout = FrameLayout.locate(
+                    input_ids, attention_mask, self.config.image_token_id, *clips, prompt_length
+                )
             inputs_embeds = self._embed_tokens(input_ids, layout)
         if layout is not None and layout.frame_index.numel():
             features = vision_features if vision_features is not None else self._encode(pixel_values)
@@ -417,7 +521,6 @@ class ETChatModel(ETChatPreTrainedModel):
             past_key_values,
             use_cache,
             layout.blocks if layout is not None else None,
-            output_hidden_states,
             **kwargs,
         )
         if layout is not None:
@@ -457,9 +560,8 @@ class ETChatModel(ETChatPreTrainedModel):
             if not self.config.use_time_tag:
                 texts, text_mask = texts[layout.text_index], text_mask[layout.text_index]
         in_order = torch.arange(len(features), device=layout.frame_index.device)
-        if not torch.equal(layout.frame_index, in_order):
-            features = features[layout.frame_index.to(features.device)]
-        frames = self.get_frame_embeds(features, texts, text_mask).to(inputs_embeds)
+        index = None if torch.equal(layout.frame_index, in_order) else layout.frame_index
+        frames = self.get_frame_embeds(features, texts, text_mask, index).to(inputs_embeds)
         if self.embed_scale is not None:
             frames = frames * torch.tensor(self.embed_scale, dtype=frames.dtype, device=frames.device)
         return inputs_embeds.masked_scatter(layout.is_frame[..., None], frames)
@@ -489,7 +591,6 @@ class ETChatModel(ETChatPreTrainedModel):
         past_key_values,
         use_cache,
         blocks,
-        output_hidden_states,
         **kwargs,
     ) -> ETChatModelOutputWithPast:
         """The decoder blocks, one by one, because matching reads the last two of them before the final norm."""
@@ -509,7 +610,6 @@ class ETChatModel(ETChatPreTrainedModel):
         position_embeddings = decoder.rotary_emb(inputs_embeds, position_ids)
 
         hidden = match_states = inputs_embeds
-        all_hidden = [hidden]
         for layer, layer_type in zip(decoder.layers, layer_types, strict=True):
             match_states = hidden
             hidden = layer(
@@ -520,13 +620,9 @@ class ETChatModel(ETChatPreTrainedModel):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-            if output_hidden_states:
-                all_hidden.append(hidden)
-        last = decoder.norm(hidden)
         return ETChatModelOutputWithPast(
-            last_hidden_state=last,
+            last_hidden_state=decoder.norm(hidden),
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*all_hidden[:-1], last) if output_hidden_states else None,
             match_states=match_states,
             frame_states=hidden,
         )
@@ -637,7 +733,7 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         frame_embeds: torch.FloatTensor | None = None,
         frame_keys: torch.FloatTensor | None = None,
         frame_mask: torch.BoolTensor | None = None,
-        output_hidden_states: bool | None = None,
+        prompt_length: int | None = None,
         skip_logits: bool = False,
         num_matched_samples_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -666,6 +762,8 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
                 For each row the times of its `<vid>` tokens in order, in seconds; clamped to the clip.
             vid_frames, frame_embeds, frame_keys, frame_mask:
                 What an earlier step returned, for steps that continue it from `past_key_values`.
+            prompt_length (`int`, *optional*):
+                Columns that were given, where generated ones follow: a placeholder among those shows no frame.
             skip_logits (`bool`, *optional*, defaults to `False`):
                 Whether to apply the language-model head only where there are labels, and return no logits.
             num_matched_samples_in_batch (`int` or `torch.Tensor`, *optional*):
@@ -675,6 +773,10 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         Raises:
             ValueError: if placeholders, clips, texts, `<vid>` and times do not go together.
         """
+        if skip_logits and labels is None:
+            raise ValueError("skip_logits=True leaves nothing to return without labels.")
+        if labels is not None and inputs_embeds is not None and self.config.use_matching:
+            raise ValueError("The match loss finds its frames by input_ids: pass these, or labels without matching.")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -692,10 +794,10 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             vid_frames=vid_frames,
             frame_embeds=frame_embeds,
             frame_mask=frame_mask,
-            output_hidden_states=output_hidden_states,
+            prompt_length=prompt_length,
+            return_dict=True,
+            **kwargs,
         )
-        if skip_logits and labels is None:
-            raise ValueError("skip_logits=True leaves nothing to return without labels.")
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         loss = logits = lm_loss = match_loss = match_scores = None
         if not skip_logits:
@@ -718,6 +820,7 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             match_scores=match_scores,
             frame_keys=frame_keys,
             frame_embeds=outputs.frame_embeds,

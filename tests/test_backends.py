@@ -14,12 +14,13 @@ def test_flex_attention_has_the_frame_blocks():
     torch.testing.assert_close(flex[attended], sdpa[attended], atol=1e-4, rtol=1e-4)
 
 
-def test_the_decode_step_compiles_whole():
-    """A static cache and one graph without breaks give what plain decoding gives."""
+def test_the_decode_step_compiles_whole(monkeypatch):
+    """A static cache and one graph for all steps, without breaks, give what plain decoding gives."""
     model, batch = tiny_model(), tiny_batch(range(2))
     expected = generate(model, batch)
-    config = CompileConfig(fullgraph=True, mode="default")
+    config = CompileConfig(fullgraph=True, mode="default", dynamic=False)
     config._compile_all_devices = True  # transformers compiles on GPUs only unless it is told to
+    monkeypatch.setattr("torch._dynamo.config.error_on_recompile", True)
     compiled = generate(model, batch, cache_implementation="static", compile_config=config)
     assert torch.equal(compiled.sequences, expected.sequences)
     for ours, theirs in zip(compiled.matches, expected.matches, strict=True):

@@ -1,9 +1,12 @@
 import threading
+from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import FAMILIES, VID, generate, tiny_batch, tiny_model
+from tiny import FAMILIES, IMAGE, VID, generate, tiny_batch, tiny_model
+from torch.overrides import TorchFunctionMode, resolve_name
+from transformers import LogitsProcessor, Phi3ForCausalLM
 
 from etchat_hf import ETChatGenerateOutput
 
@@ -162,3 +165,92 @@ def test_peft_adapters_work():
     merged = generate(adapted.merge_and_unload(), batch)
     assert torch.equal(changed.sequences, merged.sequences)
     assert float((changed.logits[0] - expected.logits[0]).abs().max()) > 1e-3
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what makes the host wait for an accelerator: reading a value, or sizes that depend on values."""
+
+    NAMES = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "equal", "unique", "bincount", "allclose"}
+    NAMES |= {"__bool__", "__int__", "__float__", "__index__", "__contains__", "is_nonzero", "argwhere"}
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = (resolve_name(function) or function.__name__).rpartition(".")[2]
+        by_mask = name in ("__getitem__", "__setitem__") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in self.NAMES or by_mask or (name == "where" and len(args) == 1):
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class ReadsEachToken(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        scores.max().item()
+        return scores
+
+
+def reads_of_steps(generate_tokens) -> Counter:
+    """Host reads of twelve more tokens."""
+    counts = []
+    for tokens in (4, 16):
+        with HostReads() as reads:
+            generate_tokens(max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
+        counts.append(reads.counts)
+    return counts[1] - counts[0]
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
+def test_a_token_waits_for_the_device_no_more_often_than_in_plain_decoding(rows):
+    model, batch = tiny_model(), tiny_batch(rows)
+    plain = Phi3ForCausalLM(model.config.text_config).eval()
+    plain.model, plain.lm_head = model.model.language_model, model.lm_head
+    text = {"inputs_embeds": torch.randn(*batch["input_ids"].shape, 64), "attention_mask": batch["attention_mask"]}
+
+    ours = reads_of_steps(lambda **kwargs: model.generate(**batch, return_dict_in_generate=True, **kwargs))
+    theirs = reads_of_steps(lambda **kwargs: plain.generate(**text, return_dict_in_generate=True, **kwargs))
+    assert ours == theirs and ours["__bool__"] >= 12  # transformers asks after each token whether all rows have ended
+    reader = [ReadsEachToken()]
+    reading = reads_of_steps(lambda **kwargs: model.generate(**batch, logits_processor=reader, **kwargs))
+    assert reading["item"] - ours["item"] == 12
+
+
+class ForceImage(LogitsProcessor):
+    """Makes the placeholder the first token."""
+
+    def __init__(self, prompt_length: int):
+        self.prompt_length = prompt_length
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] != self.prompt_length:
+            return scores
+        return torch.full_like(scores, float("-inf")).index_fill(1, torch.tensor([IMAGE]), 0.0)
+
+
+@pytest.mark.parametrize("use_matching", [True, False])
+def test_a_generated_placeholder_is_a_token_like_any_other(use_matching):
+    model, batch = tiny_model(use_matching=use_matching), tiny_batch(range(2))
+    settings = {"max_new_tokens": 4, "eos_token_id": -1, "return_dict_in_generate": True, "output_logits": True}
+    settings["logits_processor"] = [ForceImage(batch["input_ids"].shape[1])]
+    cached, whole = (model.generate(**batch, use_cache=use_cache, **settings) for use_cache in (True, False))
+    assert (cached.sequences == IMAGE).sum() > (batch["input_ids"] == IMAGE).sum()
+    assert torch.equal(cached.sequences, whole.sequences)
+    for ours, theirs in zip(cached.logits, whole.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_without_a_prompt_decoding_begins_at_bos():
+    outputs = tiny_model().generate(max_new_tokens=3, eos_token_id=-1, return_dict_in_generate=True)
+    assert outputs.sequences.shape == (1, 4) and outputs.sequences[0, 0] == 1
+    assert outputs.prompt_length == 1 and outputs.matches == [[]]
+
+
+def test_attentions_of_every_step_are_returned():
+    model, batch = tiny_model(attn_implementation="eager"), tiny_batch([0])
+    outputs = generate(model, batch, output_attentions=True, output_hidden_states=True)
+    assert len(outputs.attentions) == len(outputs.hidden_states) == 8
+    assert [step[0].shape[2] for step in outputs.attentions] == [batch["input_ids"].shape[1]] + [1] * 7

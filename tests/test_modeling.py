@@ -196,6 +196,82 @@ def test_one_clip_serves_several_questions():
         torch.testing.assert_close(logits[row], model(**single).logits[0], atol=1e-5, rtol=1e-5)
 
 
+def test_questions_share_the_frames_of_their_clips():
+    """Three rows about two clips, one of which names both: each frame passes the keys once, all values are right."""
+    model, singles = tiny_model(), [tiny_batch([row]) for row in (0, 1)]
+    features = [model.get_vision_features(batch["pixel_values"]) for batch in singles]
+    clips, texts = [0, 1, 0, 1], torch.randint(1, 50, (4, 6), generator=torch.Generator().manual_seed(0))
+    sizes = [len(clip) for clip in features]
+    ids = [torch.full((2 + sizes[clip],), IMAGE) for clip in clips]
+    for piece in ids:
+        piece[:2] = 5
+    rows = [ids[0], torch.cat(ids[1:3]), ids[3]]
+    longest = max(map(len, rows))
+    batch = {
+        "input_ids": torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows]),
+        "vision_features": torch.cat(features),
+        "frame_times": [batch["frame_times"][0] for batch in singles],
+        "placeholder_clips": [[0], [1, 0], [1]],
+        "qformer_input_ids": texts,
+        "qformer_attention_mask": torch.ones_like(texts),
+    }
+    seen = []
+    key = model.model.compressor.qformer.encoder.layer[0].crossattention.attention.key
+    key.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    layout = FrameLayout.locate(batch["input_ids"], None, IMAGE, batch["frame_times"], batch["placeholder_clips"])
+    with torch.no_grad():
+        together = model.model.get_frame_embeds(
+            batch["vision_features"],
+            texts[layout.text_index],
+            torch.ones_like(texts)[layout.text_index],
+            layout.frame_index,
+        )
+        assert seen == [sum(sizes)]
+        expected = [
+            model.model.get_frame_embeds(features[clip], *(text.expand(sizes[clip], -1),) * 2)
+            for clip, text in zip(clips, texts, strict=True)
+        ]
+        model(**batch)
+        assert seen[-1] == sum(sizes)
+    torch.testing.assert_close(together, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_frames_are_encoded_and_compressed_chunk_by_chunk(monkeypatch):
+    model = tiny_model()
+    pixels, texts = torch.randn(7, 3, 28, 28), torch.randint(1, 50, (12, 6))
+    index = torch.tensor([0, 1, 2, 3, 4, 5, 6, 3, 4, 0, 6, 6])
+    features = model.get_vision_features(pixels)
+    with torch.no_grad():
+        expected = model.model.get_frame_embeds(features, texts, torch.ones_like(texts), index)
+    monkeypatch.setattr("etchat_hf.modeling_etchat.CHUNK_FRAMES", 3)
+    monkeypatch.setattr("etchat_hf.modeling_etchat.CPU_CHUNK_FRAMES", 3)
+    sizes = []
+    for module in (model.model.vision_tower, model.model.compressor.projector):
+        module.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    torch.testing.assert_close(model.get_vision_features(pixels), features, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        chunked = model.model.get_frame_embeds(features, texts, torch.ones_like(texts), index)
+    assert sizes == [3, 3, 1, 4, 5, 3]
+    torch.testing.assert_close(chunked, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_attentions_are_those_of_the_language_model(family):
+    model, ids = tiny_model(family, "eager"), torch.randint(3, 90, (2, 7))
+    wanted = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        ours, theirs = model(ids, **wanted), model.model.language_model(ids, **wanted)
+        plain = model(ids)
+        model.config.output_hidden_states = model.config.output_attentions = True
+        configured = model(ids)
+    for outputs in (ours, configured):
+        assert len(outputs.attentions) == 3 and len(outputs.hidden_states) == 4
+        for name in ("attentions", "hidden_states"):
+            for a, b in zip(outputs[name], theirs[name], strict=True):
+                torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert plain.attentions is None and plain.hidden_states is None
+
+
 def test_time_tag_takes_a_text_per_frame():
     model, batch = tiny_model(use_time_tag=True), tiny_batch([0, 1])
     with pytest.raises(ValueError, match="2 texts for 8 frames"):
@@ -232,6 +308,14 @@ def _break(batch: dict, **changes) -> dict:
 def test_what_does_not_go_together_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(**_break(tiny_batch([0]), **changes))
+
+
+def test_labels_without_input_ids_are_refused():
+    embeds, labels = torch.randn(1, 5, 64), torch.full((1, 5), VID)
+    with pytest.raises(ValueError, match="match loss finds its frames by input_ids"):
+        tiny_model()(inputs_embeds=embeds, labels=labels)
+    plain = tiny_model(use_matching=False, match_token_id=None)
+    assert plain(inputs_embeds=embeds, labels=labels).loss.isfinite()
 
 
 def test_times_without_matching_are_refused():

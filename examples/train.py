@@ -7,47 +7,41 @@ Every field of the argument classes can stand in the YAML file or on the command
 interrupted goes on with `--resume_from_checkpoint last`.
 """
 
+import os
 import sys
-from dataclasses import dataclass, field, replace
 
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from trl import TrlParser
 
-from etchat_hf import ETChatProcessor
-from etchat_hf.data import ETChatDataArguments, ETChatDataCollator, build_dataset
-from etchat_hf.training import ETChatModelArguments, ETChatTrainer, ETChatTrainingArguments, load_model
-
-
-@dataclass
-class EvaluationDataArguments:
-    """Annotations to evaluate on, with the media of the training data."""
-
-    eval_annotations: str | None = field(default=None, metadata={"help": "File of annotations to evaluate on."})
+from etchat_hf.data import ETChatDataArguments, ETChatDataCollator, UnusableDataError, build_dataset
+from etchat_hf.training import (
+    ETChatModelArguments,
+    ETChatParser,
+    ETChatTrainer,
+    ETChatTrainingArguments,
+    load_model,
+    load_processor,
+)
 
 
 def main() -> None:
-    parser = TrlParser((ETChatDataArguments, ETChatModelArguments, ETChatTrainingArguments, EvaluationDataArguments))
-    data_args, model_args, args, eval_args = parser.parse_args_and_config()
+    parser = ETChatParser((ETChatDataArguments, ETChatModelArguments, ETChatTrainingArguments))
+    data_args, model_args, args = parser.parse_args_and_config()
 
-    stage = data_args.resolve()
-    processor = ETChatProcessor.from_pretrained(model_args.model_name_or_path)
-    stage.configure(processor)
-    set_seed(args.seed)  # heads and LoRA start fresh, and alike in all processes
-    model = load_model(model_args, processor, stage)
-
-    seed = args.seed if args.data_seed is None else args.data_seed
-    options = {"max_length": data_args.max_length, "seed": seed, "max_failure_rate": data_args.max_failure_rate}
+    stage, eval_stage = data_args.resolve(), data_args.resolve_evaluation()
+    processor = load_processor(model_args.model_name_or_path, stage)
+    options = {
+        "max_length": data_args.max_length,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "max_failure_rate": data_args.max_failure_rate,
+    }
     with args.main_process_first(desc="index of the annotations"):
-        log = f"{args.output_dir}/skipped_samples.jsonl"
-        dataset = build_dataset(stage, processor, skip_log=log, **options)
-        eval_dataset = None
-        if eval_args.eval_annotations is not None:
-            eval_stage = replace(data_args, annotations=[eval_args.eval_annotations], weights=None).resolve()
-            eval_dataset = build_dataset(eval_stage, processor, **options)
+        dataset = build_dataset(stage, processor, skip_log=f"{args.output_dir}/skipped_samples.jsonl", **options)
+        eval_dataset = build_dataset(eval_stage, processor, **options) if eval_stage else None
 
+    set_seed(args.seed)  # heads and LoRA start fresh, and alike in all processes
     trainer = ETChatTrainer(
-        model,
+        load_model(model_args, processor, stage),
         args,
         processing_class=processor,
         tuning_mode=model_args.tuning_mode,
@@ -56,17 +50,24 @@ def main() -> None:
         eval_dataset=eval_dataset,
         data_collator=ETChatDataCollator(processor),
     )
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint == "last":
-        checkpoint = get_last_checkpoint(args.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
     trainer.save_stage()
     if trainer.is_world_process_zero():
         print(dataset.skips.summary())
 
 
+def find_checkpoint(args: ETChatTrainingArguments) -> str | None:
+    """The checkpoint to go on from; `last`, where there is none yet, begins anew and says so."""
+    if args.resume_from_checkpoint != "last":
+        return args.resume_from_checkpoint
+    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if checkpoint is None:
+        print(f"train.py: {args.output_dir} holds no checkpoint; beginning anew.", file=sys.stderr)
+    return checkpoint
+
+
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError, UnusableDataError) as error:
         sys.exit(f"train.py: error: {' '.join(str(error).split())}")

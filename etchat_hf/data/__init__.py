@@ -42,6 +42,7 @@ from etchat_hf.data.collator import ETChatDataCollator
 from etchat_hf.data.dataset import ETChatDataset, SampleKey, build_dataset
 from etchat_hf.data.encoding import SampleEncoder
 from etchat_hf.data.sampler import ETChatBatchSampler
+from etchat_hf.data.skips import UnusableDataError
 from etchat_hf.data.stages import STAGES, DataSource, ETChatDataArguments, StageData
 
 __all__ = [
@@ -54,5 +55,6 @@ __all__ = [
     "SampleEncoder",
     "SampleKey",
     "StageData",
+    "UnusableDataError",
     "build_dataset",
 ]

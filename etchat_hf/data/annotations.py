@@ -24,6 +24,7 @@ OPENING = re.compile(r"(?:\xef\xbb\xbf)?\s*(?P<array>\[)?")  # after an optional
 COMMA = re.compile(r"\s*,\s*")
 SPACE = re.compile(r"\s*")
 CLOSING = re.compile(r"\s*\]\s*")
+SUFFIXES = (".json", ".jsonl", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -60,9 +61,12 @@ def list_files(annotations: str) -> list[str]:
     files = [path for path in found if os.path.isfile(path)]
     if files:
         return files
-    if HUB_ID.fullmatch(annotations) or os.path.isdir(annotations):
+    is_id = HUB_ID.fullmatch(annotations) and not annotations.endswith(SUFFIXES)
+    if is_id or os.path.isdir(annotations):
         return _files_of_dataset(annotations)
-    raise FileNotFoundError(f"{annotations}: no such annotation file; check the path, or give a Hub dataset id.")
+    raise FileNotFoundError(
+        f"{annotations}: no such annotation file; check the path (or data_root), or give a Hub dataset id."
+    )
 
 
 def _files_of_dataset(name: str) -> list[str]:
@@ -84,9 +88,9 @@ def _files_of_dataset(name: str) -> list[str]:
 def _open_file(path: str) -> AnnotationFile:
     if path.endswith(".parquet"):
         return ParquetRows(path)
-    if path.endswith((".json", ".jsonl")):
+    if path.endswith(SUFFIXES):
         return JsonRows(fetch(path) if path.startswith(HUB_PREFIX) else path)
-    raise ValueError(f"{path}: annotations must be .json, .jsonl or .parquet files.")
+    raise ValueError(f"{path}: annotations must be {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} files.")
 
 
 class JsonRows:

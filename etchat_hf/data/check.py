@@ -2,15 +2,14 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from etchat_hf.data.annotations import AnnotationFile
+from etchat_hf.data.config_file import fit_types, read_config, type_hints
 from etchat_hf.data.dataset import UNREADABLE, SourceRows
-from etchat_hf.data.media import HUB_PREFIX, locate, opened_clip
+from etchat_hf.data.media import locate, opened_clip
 from etchat_hf.data.rows import MODALITIES, check_clip, modality_of, read_times, read_turns
 from etchat_hf.data.stages import STAGES, DataSource, ETChatDataArguments, StageData
 from etchat_hf.video_decoding_etchat import open_video
@@ -29,45 +28,42 @@ class SourceCheck:
     opened: int = 0
     problems: list[str] = field(default_factory=list)
 
-    def report(self) -> str:
+    def report(self, shown: int | None = SHOWN_PROBLEMS) -> str:
+        """Lines for people, with so many of the problems; `None`: all."""
         kept = ", ".join(f"{self.kept[name]} {name}" for name in MODALITIES if self.kept[name]) or "none"
         lines = [
             self.source.annotations,
             f"  rows {self.rows}, after filters {self.kept.total()} ({kept})",
             f"  images under {self.source.image_root}, videos under {self.source.video_root}; {self.opened} opened",
             f"  problems: {len(self.problems)}",
-            *(f"    {problem}" for problem in self.problems[:SHOWN_PROBLEMS]),
+            *(f"    {problem}" for problem in self.problems[:shown]),
         ]
-        hidden = len(self.problems) - SHOWN_PROBLEMS
-        return "\n".join(lines + ([f"    and {hidden} more"] if hidden > 0 else []))
+        hidden = len(self.problems[shown:]) if shown is not None else 0
+        return "\n".join(lines + ([f"    and {hidden} more; --all shows them"] if hidden else []))
 
 
-def read_stage(stage_or_config: str, data_root: str | None = None) -> StageData:
+def read_arguments(stage_or_config: str, data_root: str | None = None) -> ETChatDataArguments:
     """
     A published stage by name, or what a training configuration says about data.
 
     Raises:
-        FileNotFoundError, ValueError: as [`ETChatDataArguments.resolve`]; also if there is no such configuration.
+        FileNotFoundError: if there is no such configuration.
+        ValueError: if it is not valid, naming the file and the option.
     """
     if stage_or_config in STAGES:
         values = {"stage": stage_or_config}
+    elif not Path(stage_or_config).is_file():
+        raise FileNotFoundError(f"{stage_or_config}: neither a stage ({', '.join(STAGES)}) nor a YAML file.")
     else:
-        if not Path(stage_or_config).is_file():
-            raise FileNotFoundError(f"{stage_or_config}: neither a stage ({', '.join(STAGES)}) nor a YAML file.")
-        try:
-            content = yaml.safe_load(Path(stage_or_config).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{stage_or_config}: not valid YAML ({' '.join(str(error).split())}).") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{stage_or_config}: not a mapping of option: value.")
-        known = {option.name for option in fields(ETChatDataArguments)}
-        values = {name: value for name, value in content.items() if name in known}
-    return ETChatDataArguments(**values | ({} if data_root is None else {"data_root": data_root})).resolve()
+        hints = type_hints(ETChatDataArguments)
+        config = {name: value for name, value in read_config(stage_or_config).items() if name in hints}
+        values = fit_types(config, hints, stage_or_config)
+    return ETChatDataArguments(**values | ({} if data_root is None else {"data_root": data_root}))
 
 
 def check_stage(stage: StageData, num_opened: int = 50, progress: Callable = iter) -> list[SourceCheck]:
     """
-    Checks every row, that every file is there, and opens some.
+    Checks that annotations and media are there, checks every row, and opens some media.
 
     Args:
         stage ([`StageData`]): with paths.
@@ -75,37 +71,54 @@ def check_stage(stage: StageData, num_opened: int = 50, progress: Callable = ite
         progress: wraps the iterator over rows.
 
     Raises:
-        FileNotFoundError, ValueError: for annotations that are missing or malformed.
+        ValueError: for a negative `num_opened`.
     """
+    if num_opened < 0:
+        raise ValueError(f"opened is {num_opened}; it must not be negative.")
     return [_check_source(source, stage.use_matching, num_opened, progress) for source in stage.sources]
 
 
 def _check_source(source: DataSource, use_matching: bool, num_opened: int, progress: Callable) -> SourceCheck:
-    rows = SourceRows(source)
-    check = SourceCheck(source, rows.num_before_filters)
+    check = SourceCheck(source)
+    try:
+        rows = SourceRows(source)
+    except (ValueError, OSError) as error:
+        check.problems.append(str(error))
+        return check
+    check.rows = rows.num_before_filters
     check.kept.update(MODALITIES[kind] for kind in rows.modality.tolist())
     if not len(rows):
         check.problems.append("no row passes the filters")
+    missing = rows.missing_roots()
+    check.problems += missing.values()
+    sound = _check_rows(rows, use_matching, missing, check.problems, progress)
+    for position in sorted(random.Random(0).sample(sound, min(num_opened, len(sound)))):
+        check.opened += 1
+        if (problem := _reading_problem(rows, position)) is not None:
+            check.problems.append(f"{rows.describe(position)}: {problem}")
+    return check
+
+
+def _check_rows(
+    rows: SourceRows, use_matching: bool, missing: Iterable[str], problems: list[str], progress: Callable
+) -> list[int]:
+    """Positions of the sound rows whose media can be opened; what is wrong with the others goes to `problems`."""
     known: dict[str, str | None] = {}  # what is wrong with each file, by name
     sound = []
     for position, (file, row) in enumerate(progress(_kept_rows(rows))):
         modality = modality_of(row)
         try:
             _check_row(row, use_matching)
-            if modality != "text" and not file.is_packed:
+            if modality != "text" and modality not in missing and not file.is_packed:
                 if (name := str(row[modality])) not in known:
-                    known[name] = _absence(source, modality, row[modality])
+                    known[name] = _absence(rows.source, modality, row[modality])
                 if known[name] is not None:
                     raise ValueError(known[name])
         except ValueError as error:
-            check.problems.append(f"{rows.describe(position)} (id {row.get('id')}): {error}")
+            problems.append(f"{rows.describe(position)} (id {row.get('id')}): {error}")
         else:
-            sound += [position] if modality != "text" else []
-    for position in sorted(random.Random(0).sample(sound, min(num_opened, len(sound)))):
-        check.opened += 1
-        if (problem := _reading_problem(rows, position)) is not None:
-            check.problems.append(f"{rows.describe(position)}: {problem}")
-    return check
+            sound += [position] if modality != "text" and modality not in missing else []
+    return sound
 
 
 def _kept_rows(rows: SourceRows) -> Iterator[tuple[AnnotationFile, dict]]:
@@ -122,10 +135,8 @@ def _check_row(row: dict, use_matching: bool) -> None:
 
 
 def _absence(source: DataSource, modality: str, name: str) -> str | None:
-    """Why a row's media cannot be found; on the Hub only those that are opened are looked for."""
+    """Why a row's media cannot be found; behind URLs only those that are opened are looked for."""
     root = source.image_root if modality == "image" else source.video_root
-    if root is not None and root.startswith(HUB_PREFIX):
-        return None
     try:
         locate(root, name)
     except UNREADABLE as error:

@@ -41,19 +41,32 @@ def data() -> None:
 def check(
     stage_config: Annotated[str, typer.Argument(help="YAML configuration of a stage, or a published stage's name.")],
     data_root: Annotated[str | None, typer.Option(help="Folder that holds a published stage's files.")] = None,
-    opened: Annotated[int, typer.Option(help="Images and videos opened per source, chosen at random.")] = 50,
+    opened: Annotated[
+        int, typer.Option(help="Images and videos opened per source, chosen at random; all if there are fewer.")
+    ] = 50,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="List every problem, not only the first of each source.")
+    ] = False,
 ) -> None:
     """Look over a stage's data before a run; exit code 2 if something is wrong."""
-    from etchat_hf.data.check import check_stage, read_stage
+    from etchat_hf.data.check import SHOWN_PROBLEMS, check_stage, read_arguments
 
     try:
-        checks = check_stage(read_stage(stage_config, data_root), opened, _progress("checking rows"))
+        arguments = read_arguments(stage_config, data_root)
+        stages = {"train on": arguments.resolve(), "evaluate on": arguments.resolve_evaluation()}
+        checks = {
+            purpose: check_stage(stage, opened, _progress("checking rows"))
+            for purpose, stage in stages.items()
+            if stage is not None
+        }
     except (ValueError, OSError) as error:
         raise _fail(error) from error
-    for found in checks:
-        print(found.report())
-    total = sum(len(found.problems) for found in checks)
-    print(f"{sum(found.kept.total() for found in checks)} rows to train on, {total} problems")
+    found = [check for of_stage in checks.values() for check in of_stage]
+    for check in found:
+        print(check.report(None if show_all else SHOWN_PROBLEMS))
+    rows = [f"{sum(check.kept.total() for check in checks[purpose])} rows to {purpose}" for purpose in checks]
+    total = sum(len(check.problems) for check in found)
+    print(", ".join([*rows, f"{total} problems"]))
     if total:
         raise typer.Exit(PROBLEMS)
 
@@ -81,9 +94,11 @@ def compress(
 
 def pack(
     annotations: Annotated[str, typer.Argument(help="JSON, JSON Lines or parquet file, glob, or Hub dataset id.")],
-    videos: Annotated[str, typer.Argument(help="Folder that the rows' videos are relative to.")],
+    videos: Annotated[str, typer.Argument(help="Folder or URL that the rows' videos are relative to.")],
     dst: Annotated[Path, typer.Argument(help="Folder that gets the parquet files.")],
-    images: Annotated[str | None, typer.Option(help="Folder of the images; default: that of the videos.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Folder or URL of the images; default: that of the videos.")
+    ] = None,
     shard: SHARD = None,
     num_shards: NUM_SHARDS = 1,
 ) -> None:

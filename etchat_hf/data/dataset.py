@@ -1,5 +1,6 @@
 """Rows of one or several sources by position, filtered, encoded; unreadable ones replaced."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,11 +11,12 @@ import torch
 
 from etchat_hf.data.annotations import MEDIA_COLUMN, AnnotationFile, open_annotations
 from etchat_hf.data.encoding import SampleEncoder
-from etchat_hf.data.media import locate, opened_clip
+from etchat_hf.data.media import HUB_PREFIX, fetch, locate, opened_clip
 from etchat_hf.data.row_index import RowIndex
 from etchat_hf.data.rows import MODALITIES, modality_of
-from etchat_hf.data.skips import SkipReport
+from etchat_hf.data.skips import SkipReport, UnusableDataError
 from etchat_hf.data.stages import DataSource, StageData
+from etchat_hf.video_decoding_etchat import is_url
 
 MAX_TRIES = 10
 
@@ -31,7 +33,13 @@ class SampleKey(NamedTuple):
 
 
 class SourceRows:
-    """The rows of one [`DataSource`] that pass its filters; `len`, `modality` `(n,)` `uint8`, `describe`, `read`."""
+    """
+    The rows of one [`DataSource`] that pass its filters; `len`, `modality` `(n,)` `uint8`, `describe`, `read`.
+
+    Raises:
+        FileNotFoundError: if annotations are missing.
+        ValueError: if they are malformed.
+    """
 
     def __init__(self, source: DataSource):
         self.source = source
@@ -56,8 +64,22 @@ class SourceRows:
         modality = modality_of(row)
         if modality == "text" or packed is not None:
             return row, packed
-        root = self.source.image_root if modality == "image" else self.source.video_root
-        return row, locate(root, row[modality])
+        place = locate(self._root(modality), row[modality])
+        return row, fetch(place) if place.startswith(HUB_PREFIX) else place
+
+    def missing_roots(self) -> dict[str, str]:
+        """Modality -> what is wrong, where the folder of its media is not there."""
+        loose = np.array([not file.is_packed for file in self.files])[self.file_of]
+        needed = [MODALITIES[kind] for kind in np.unique(self.modality[loose])]
+        roots = {modality: root for modality in needed if (root := self._root(modality)) is not None}
+        return {
+            modality: f"{root}: no such folder; it is the {modality}_root of {self.source.annotations}"
+            for modality, root in roots.items()
+            if not is_url(root) and not os.path.isdir(root)
+        }
+
+    def _root(self, modality: str) -> str | None:
+        return {"image": self.source.image_root, "video": self.source.video_root}.get(modality)
 
 
 def _kept(index: RowIndex, source: DataSource) -> np.ndarray:
@@ -89,7 +111,7 @@ class ETChatDataset(torch.utils.data.Dataset):
         skip_log (`str` or `Path`, *optional*): JSON Lines file that the skipped ones are appended to.
 
     Raises:
-        FileNotFoundError: if annotations are missing.
+        FileNotFoundError: if annotations or the folders of their media are missing.
         ValueError: if they are malformed, or no row passes a source's filters.
     """
 
@@ -109,6 +131,8 @@ class ETChatDataset(torch.utils.data.Dataset):
                 raise ValueError(
                     f"{rows.source.annotations}: none of its {rows.num_before_filters} rows passes the filters."
                 )
+            if missing := rows.missing_roots():
+                raise FileNotFoundError("; ".join(missing.values()))
         self.encoder = encoder
         self.group_by_modality = group_by_modality
         self.seed = seed
@@ -135,7 +159,7 @@ class ETChatDataset(torch.utils.data.Dataset):
         A sample as [`SampleEncoder`] makes it.
 
         Raises:
-            RuntimeError: if neither the row nor its spares can be used, or too many could not be used by now.
+            UnusableDataError: if neither the row nor its spares can be used, or too many could not be used by now.
         """
         if not isinstance(key, SampleKey):
             spares = (np.arange(1, MAX_TRIES) + key) % len(self)
@@ -145,7 +169,7 @@ class ETChatDataset(torch.utils.data.Dataset):
             if sample is not None:
                 return sample
         source, position = self.source_of(key.row)
-        raise RuntimeError(
+        raise UnusableDataError(
             f"{source.describe(position)} and the {len(key.spares)} rows that could stand in for it are all unusable; "
             "check the data with `etchat data check`."
         )

@@ -16,9 +16,14 @@ class SampleEncoder:
         processor ([`ETChatProcessor`]): with the stage's chat template and frame rate.
         max_length (`int`, *optional*, defaults to 2048): longest sequence, frames included.
         use_matching (`bool`, *optional*, defaults to `True`): whether each `<vid>` has a time in `src` or `tgt`.
+
+    Raises:
+        ValueError: for a length that holds nothing.
     """
 
     def __init__(self, processor, max_length: int = 2048, use_matching: bool = True):
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}; it must be at least 1.")
         self.processor = processor
         self.max_length = max_length
         self.use_matching = use_matching

@@ -13,6 +13,7 @@ from etchat_hf.data.annotations import MEDIA_COLUMN, open_annotations
 from etchat_hf.data.compress import check_shard
 from etchat_hf.data.media import locate
 from etchat_hf.data.rows import modality_of
+from etchat_hf.video_decoding_etchat import Source
 
 ROW_GROUP_BYTES = 1 << 20  # what reading one row costs
 ROW_GROUP_ROWS = 256
@@ -51,7 +52,8 @@ def pack(
 
     Args:
         annotations (`str`): as of [`DataSource`].
-        media_root (`str`): folder that videos, and images if there is no `image_root`, are relative to.
+        media_root (`str`): folder or URL that videos, and images if there is no `image_root`, are relative to; rows
+            that name URLs must name some that begin with it, such as `https://`.
         num_shards (`int`): shards of the whole.
         shards (iterable of `int`, *optional*): which of them to write; default: all.
         progress: wraps the iterator over a shard's rows; called with their number.
@@ -103,7 +105,7 @@ def _with_media(rows: Iterable[tuple[str, dict]], roots: dict[str, str], problem
     for (modality, name), entries in by_name:
         entries = list(entries)
         try:
-            content = None if modality == "text" else Path(locate(roots[modality], name)).read_bytes()
+            content = None if modality == "text" else _content(locate(roots[modality], name))
         except (ValueError, OSError) as error:
             problems += [f"{place}: {error}" for place, _ in entries]
             continue
@@ -112,6 +114,11 @@ def _with_media(rows: Iterable[tuple[str, dict]], roots: dict[str, str], problem
                 yield _columns(row) | {MEDIA_COLUMN: content}
             except ValueError as error:
                 problems.append(f"{place}: {error}")
+
+
+def _content(place: str) -> bytes:
+    with Source(place).open() as file:
+        return file.read()
 
 
 def _columns(row: dict) -> dict:

@@ -11,6 +11,14 @@ logger = logging.getLogger(__name__)
 GRACE_SAMPLES = 200  # the share of failures says little before so many
 
 
+class UnusableDataError(RuntimeError):
+    """More samples cannot be used than may be: the data need a look, not the code."""
+
+    def __str__(self) -> str:
+        # A loader's worker process hands over a whole traceback as the message; ours ends it
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
 class SkipReport:
     """
     Counts samples read, skipped and cut, and logs each skipped one.
@@ -47,7 +55,7 @@ class SkipReport:
     def add_skip(self, sample: str, sample_id: object, reason: str) -> None:
         """
         Raises:
-            RuntimeError: if too large a share has been skipped by now.
+            UnusableDataError: if too large a share has been skipped by now.
         """
         skipped = _increment(self._skipped)
         logger.warning("skipped %s (id %s): %s", sample, sample_id, reason)
@@ -56,7 +64,7 @@ class SkipReport:
             with open(self.log, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"sample": sample, "id": sample_id, "reason": reason}) + "\n")
         if skipped > self.max_failure_rate * max(self.num_read + skipped, GRACE_SAMPLES):
-            raise RuntimeError(
+            raise UnusableDataError(
                 f"{skipped} of {self.num_read + skipped} samples could not be used, more than max_failure_rate "
                 f"({self.max_failure_rate}) allows; the last was {sample}: {reason}. Run `etchat data check`."
             )

@@ -16,8 +16,9 @@ class DataSource:
     Args:
         annotations (`str`): a JSON array, JSON Lines or parquet file; a glob of such; an `hf://datasets/...` URL of
             one; a Hub dataset id.
-        image_root, video_root (`str`, *optional*): folder that the rows' `image` and `video` are relative to, or an
-            `hf://datasets/owner/name/folder` URL. Not needed for rows that carry their own media (`etchat pack`).
+        image_root, video_root (`str`, *optional*): folder that the rows' `image` and `video` are relative to, or a
+            URL (`hf://datasets/owner/name/folder`, `https://...`); none may lead out of it. Not needed for rows that
+            carry their own media (`etchat pack`) or name them by `http://`, `https://` or `hf://` URLs.
         weight (`float`, *optional*, defaults to 1): times that each row is seen per epoch; 0.5 draws another half of
             the rows each epoch.
         min_duration, max_duration (`float`, *optional*): limits in seconds; rows without `duration` pass.
@@ -86,10 +87,8 @@ class StageData:
         """
         The stage with its file and folder names turned into paths.
 
-        Annotation files are looked for in `data_root` and in the folders directly in it.
-
-        Raises:
-            FileNotFoundError: if one is in neither place.
+        Annotation files are looked for in `data_root` and in the folders directly in it. One that is in neither place
+        gets its path in `data_root`, and is missed when it is opened.
         """
         return replace(self, sources=tuple(_source_under(source, data_root) for source in self.sources))
 
@@ -97,14 +96,12 @@ class StageData:
 def _source_under(source: DataSource, data_root: str) -> DataSource:
     places = [os.path.join(data_root, source.annotations), os.path.join(data_root, "*", source.annotations)]
     found = [path for place in places for path in sorted(glob.glob(place))]
-    if not found:
-        raise FileNotFoundError(f"{places[0]}: no such file, nor in a folder beside it; download it or set data_root.")
     roots = {
         name: os.path.join(data_root, folder)
         for name in ("image_root", "video_root")
         if (folder := getattr(source, name)) is not None
     }
-    return replace(source, annotations=found[0], **roots)
+    return replace(source, annotations=(found or places)[0], **roots)
 
 
 _STAGE1 = DataSource("llava_558k_with_webvid.json", "llava_pretrain/images", "webvid/videos")
@@ -142,11 +139,14 @@ class ETChatDataArguments:
         default=None,
         metadata={"help": "Own annotations instead of the stage's: files, globs, hf:// URLs or Hub dataset ids."},
     )
+    eval_annotations: list[str] | None = field(
+        default=None, metadata={"help": "Annotations to evaluate on, with the media folders of those of training."}
+    )
     weights: list[float] | None = field(
         default=None, metadata={"help": "Times that each row of each of the annotations is seen per epoch."}
     )
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the own annotations' images."})
-    video_root: str | None = field(default=None, metadata={"help": "Folder of the own annotations' videos."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder or URL of the own annotations' images."})
+    video_root: str | None = field(default=None, metadata={"help": "Folder or URL of the own annotations' videos."})
     min_duration: float | None = field(default=None, metadata={"help": "Shortest video, in seconds."})
     max_duration: float | None = field(default=None, metadata={"help": "Longest video, in seconds."})
     max_words: int | None = field(default=None, metadata={"help": "Most words of the first answer."})
@@ -166,7 +166,6 @@ class ETChatDataArguments:
 
         Raises:
             ValueError: for an unknown stage, nothing to train on, or options that exclude each other.
-            FileNotFoundError: if a published annotation file is not under `data_root`.
         """
         if self.stage is None and not self.annotations:
             raise ValueError("Nothing to train on: set stage, annotations, or both.")
@@ -183,6 +182,14 @@ class ETChatDataArguments:
         sources = tuple(replace(source, **filters) for source in stage.sources)
         options = self._given("conv_type", "use_matching", "pad_to_square", "fps", "group_by_modality")
         return replace(stage, sources=sources, **options)
+
+    def resolve_evaluation(self) -> StageData | None:
+        """The stage with `eval_annotations` for its annotations, or `None` without these; raises as `resolve`."""
+        if not self.eval_annotations:
+            return None
+        stage = self.resolve()
+        sources = tuple(replace(stage.sources[-1], annotations=path, weight=1.0) for path in self.eval_annotations)
+        return replace(stage, sources=sources)
 
     def _given(self, *names: str) -> dict:
         return {name: value for name in names if (value := getattr(self, name)) is not None}

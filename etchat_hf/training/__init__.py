@@ -5,15 +5,18 @@
 
 from .arguments import ETChatModelArguments, ETChatTrainingArguments
 from .checkpoints import merge_checkpoint
-from .model import load_model
+from .model import load_model, load_processor
+from .parser import ETChatParser
 from .span_metrics import score_spans
 from .trainer import ETChatTrainer
 
 __all__ = [
     "ETChatModelArguments",
+    "ETChatParser",
     "ETChatTrainer",
     "ETChatTrainingArguments",
     "load_model",
+    "load_processor",
     "merge_checkpoint",
     "score_spans",
 ]

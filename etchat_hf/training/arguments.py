@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from .tuning import LORA_TARGETS, TUNING_MODES
 
-SAVE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 @dataclass
@@ -56,6 +56,13 @@ class ETChatModelArguments:
             raise ValueError(f"lora_targets is {self.lora_targets!r}; it must be one of {', '.join(LORA_TARGETS)}.")
         if self.lora_targets is not None and self.tuning_mode == "llm":
             raise ValueError("tuning_mode 'llm' trains the language model itself; leave lora_targets out.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        for name in ("lora_r", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and less than 1.")
 
 
 @dataclass
@@ -123,8 +130,8 @@ class ETChatTrainingArguments(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns would remove the model's inputs; set it to False.")
-        if self.save_dtype not in SAVE_DTYPES:
-            raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be one of {', '.join(SAVE_DTYPES)}.")
+        if self.save_dtype not in DTYPES:
+            raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be one of {', '.join(DTYPES)}.")
         if self.global_batch_size is not None:
             self._derive_accumulation()
 

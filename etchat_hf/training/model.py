@@ -1,17 +1,37 @@
 """The model that a stage starts from: loaded, given matching where it is wanted, wrapped for its tuning mode."""
 
 import os
+from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from ..configuration_etchat import ETChatConfig
 from ..conversion.tokens import build_generation_config
 from ..data import StageData
+from ..inference import check_complete, check_is_converted
 from ..modeling_etchat import ETChatForConditionalGeneration
 from ..processing_etchat import VID_TOKEN, ETChatProcessor
 from .arguments import ETChatModelArguments
+from .checkpoints import ADAPTER_CONFIG
 from .tuning import add_lora, set_trained
+
+
+def load_processor(path: str, stage: StageData) -> ETChatProcessor:
+    """
+    The processor of a base model, with the stage's chat template and frame rate.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if it is none that a stage can start from.
+    """
+    check_is_converted(path)
+    if (Path(path) / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{path}: a LoRA checkpoint; start from the stage's merged model, the folder above it.")
+    processor = ETChatProcessor.from_pretrained(path)
+    stage.configure(processor)
+    return processor
 
 
 def load_model(
@@ -31,7 +51,7 @@ def load_model(
         gradients.
 
     Raises:
-        ValueError: if `<vid>` is not what the base model was made for.
+        ValueError: if `<vid>` is not what the base model was made for, or its tensors are not exactly the model's.
         OSError: if there is no such model.
     """
     path = arguments.model_name_or_path
@@ -40,9 +60,17 @@ def load_model(
         check_vid_token(config, processor, path)
     elif config.use_matching:
         raise ValueError(f"{path}: matches <vid>, but the data have none; train from a stage before matching.")
-    model = ETChatForConditionalGeneration.from_pretrained(
-        path, dtype=arguments.dtype, attn_implementation=arguments.attn_implementation
-    )
+    try:
+        model, info = ETChatForConditionalGeneration.from_pretrained(
+            path,
+            dtype=arguments.dtype,
+            attn_implementation=arguments.attn_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be loaded: {error}") from error
+    check_complete(path, info)
     if stage.use_matching and not config.use_matching:
         model.enable_matching(processor.match_token_id)
     for name in ("bi_attention", "use_time_tag"):

@@ -41,7 +41,7 @@ class ETChatTrainer(Trainer):
         kwargs: those of `Trainer`. With an [`ETChatDataset`] as `train_dataset` its batch sampler is used.
 
     Raises:
-        ValueError: if the processor's `<vid>` is not the model's.
+        ValueError: if the processor's `<vid>` is not the model's, or arguments do not suit the model.
     """
 
     def __init__(self, model, args: ETChatTrainingArguments, *, processing_class, tuning_mode, base_model, **kwargs):
@@ -54,6 +54,10 @@ class ETChatTrainer(Trainer):
         super().__init__(model, args, processing_class=processing_class, **kwargs)
         if model.config.use_matching:
             check_vid_token(model.config, processing_class, base_model)
+        if args.lora_learning_rate is not None and not hasattr(model, "peft_config"):
+            raise ValueError(
+                f"lora_learning_rate is {args.lora_learning_rate}, but there is no LoRA; set lora_targets too."
+            )
         self._check_precision()
         self._check_sharding()
         self._vision_cache = None

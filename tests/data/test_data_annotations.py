@@ -183,7 +183,7 @@ def test_files_on_the_hub_are_downloaded_into_its_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(media, "hf_hub_download", download)
     (file,) = open_annotations("hf://datasets/owner/name@v1/folder/rows.json")
     assert len(file.index) == len(ROWS)
-    media.locate("hf://datasets/owner/name/videos/", "a/b.mp4")
+    media.fetch(media.locate("hf://datasets/owner/name/videos/", "a/b.mp4"))
     assert asked == [
         ("owner/name", "folder/rows.json", "dataset", "v1"),
         ("owner/name", "videos/a/b.mp4", "dataset", "main"),

@@ -1,5 +1,7 @@
 """Stages as data, and `etchat data check`."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 from annotation_rows import image_row, text_row, turns, video_row, write_rows
@@ -8,7 +10,10 @@ from typer.testing import CliRunner
 from etchat_hf.data import STAGES, DataSource, ETChatDataArguments, StageData, build_dataset
 from etchat_hf.data.cli import data_app
 from etchat_hf.data.media import locate
+from etchat_hf.toy.generate import generate
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
 runner = CliRunner()
 
 
@@ -49,8 +54,9 @@ def test_a_published_stage_is_found_under_its_root(data_root, processor):
     dataset = build_dataset(stage, processor)
     assert len(dataset) == 2 and dataset.counts() == {"text": 0, "image": 0, "video": 2}
     assert len(dataset[0]["frame_times"][0]) == 9
-    with pytest.raises(FileNotFoundError, match="llava_558k_with_webvid.json: no such file"):
-        ETChatDataArguments(stage="stage1", data_root=str(data_root)).resolve()
+    missing = ETChatDataArguments(stage="stage1", data_root=str(data_root)).resolve()
+    with pytest.raises(FileNotFoundError, match="data/llava_558k_with_webvid.json: no such annotation file"):
+        build_dataset(missing, processor)
 
 
 def test_own_annotations_with_and_without_a_stage(tmp_path):
@@ -146,7 +152,15 @@ def test_check_finds_what_is_wrong(tmp_path, media):
         ("a: [", "not valid YAML"),
         ("- a", "not a mapping"),
         ("learning_rate: 1", "Nothing to train on"),
-        ("annotations: [missing.json]", "no such annotation file"),
+        ("annotations: [missing.json]", "missing.json: no such annotation file"),
+        ("annotations: missing/rows.json", "missing/rows.json: no such annotation file"),
+        ("annotations: 5", "stage.yaml: annotations is 5; it must be a list"),
+        ("annotations: [a, 5]", "annotations is ['a', 5]"),
+        ("annotations: [a]\nfps: fast", "stage.yaml: fps is 'fast'; it must be a number"),
+        ("annotations: [a]\nmax_words: 2.5", "max_words is 2.5; it must be a whole number"),
+        ("annotations: [a]\nuse_matching: 1", "use_matching is 1; it must be true or false"),
+        ("annotations: [a]\nvideo_root: no", "video_root is False; it must be a text; put it in quotes"),
+        ("annotations: [a]\nweights: {a: 1}", "weights is {'a': 1}"),
     ],
 )
 def test_check_refuses_bad_configurations(tmp_path, content, message):
@@ -154,9 +168,69 @@ def test_check_refuses_bad_configurations(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     result = run_check("check", path)
-    assert result.exit_code == 2
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
     assert message in result.output
-    assert "Traceback" not in result.output
+
+
+def test_check_reports_all_that_is_wrong(tmp_path, media):
+    """Missing and broken annotations and folders do not hide each other, nor what is wrong with the rest."""
+    (tmp_path / "broken.json").write_text("[{}, 5]")
+    good = write_rows(tmp_path / "good.json", [video_row(i, tgt=[1]) for i in range(12)] + [image_row(12)])
+    config = {
+        "annotations": ["gone/a.json", str(tmp_path / "broken.json"), good, "gone/b.jsonl"],
+        "eval_annotations": ["gone/eval.json"],
+        "image_root": str(tmp_path / "no_images"),
+        "video_root": str(media),
+        "use_matching": True,
+        "min_duration": "1e-3",
+    }
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(config))
+    result = run_check("check", tmp_path / "stage.yaml")
+    assert result.exit_code == 2
+    for expected in (
+        "gone/a.json: no such annotation file",
+        "broken.json: row 1 (from 0) is 5, not an object",
+        f"no_images: no such folder; it is the image_root of {good}",
+        "problems: 13",
+        "and 3 more; --all shows them",
+        "gone/b.jsonl: no such annotation file",
+        "gone/eval.json: no such annotation file",
+        "13 rows to train on, 0 rows to evaluate on, 17 problems",
+    ):
+        assert expected in result.output, result.output
+    assert "row 11 (id v11)" not in result.output
+    assert "row 11 (id v11)" in run_check("check", tmp_path / "stage.yaml", "--all").output
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(EXAMPLES)))
+def test_check_reads_every_example(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run_check("check", path)
+    assert result.exit_code == 2
+    missing = [line for line in result.output.splitlines() if "no such annotation file" in line]
+    assert len(missing) == (2 if path.name == "stage2_3.yaml" or path.match("toy/stage3.yaml") else 1)
+
+
+def test_check_looks_the_toy_data_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generate("out/toy/data", seed=0, num_train=3, num_unseen=1, track=lambda values, description: values)
+    for stage, rows in (("stage1", "3 rows to train on"), ("stage2", "7 rows"), ("stage3", " rows to evaluate on")):
+        result = run_check("check", EXAMPLES / "toy" / f"{stage}.yaml", "--opened", 2)
+        assert result.exit_code == 0, result.output
+        assert rows in result.output and result.output.splitlines()[-1].endswith(", 0 problems")
+
+
+def test_missing_media_folders_stop_before_the_first_step(tmp_path, processor):
+    source = DataSource(write_rows(tmp_path / "rows.json", [video_row(0)]), video_root=str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="gone: no such folder; it is the video_root of .*rows.json"):
+        build_dataset(StageData((source,), use_matching=True), processor)
+
+
+def test_evaluation_data_share_the_folders_of_training(data_root, tmp_path):
+    assert ETChatDataArguments(stage="stage3").resolve_evaluation() is None
+    arguments = ETChatDataArguments(stage="stage3", data_root=str(data_root), eval_annotations=["e.json"])
+    (source,) = arguments.resolve_evaluation().sources
+    assert source.annotations == "e.json" and source.video_root == f"{data_root}/et_instruct_164k/videos"
 
 
 def test_image_padding_is_for_images_only(tmp_path, media, processor):

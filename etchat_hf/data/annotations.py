@@ -78,11 +78,13 @@ def _files_of_dataset(name: str) -> list[str]:
         data_files = load_dataset_builder(name).config.data_files
     except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{name}: neither an annotation file nor a dataset on the Hub ({error}).") from error
-    if not data_files or "train" not in data_files:
+    # Loose videos may be in the same repository
+    files = sorted(path for path in map(str, (data_files or {}).get("train", ())) if path.endswith(SUFFIXES))
+    if not files:
         raise ValueError(
-            f"{name}: this dataset has no files for a train split; name one as hf://datasets/{name}/FILE."
+            f"{name}: this dataset has no annotations for a train split; name a file as hf://datasets/{name}/FILE."
         )
-    return sorted(str(path) for path in data_files["train"])
+    return files
 
 
 def _open_file(path: str) -> AnnotationFile:

@@ -171,7 +171,7 @@ class ETChatDataset(torch.utils.data.Dataset):
         source, position = self.source_of(key.row)
         raise UnusableDataError(
             f"{source.describe(position)} and the {len(key.spares)} rows that could stand in for it are all unusable; "
-            "check the data with `etchat data check`."
+            f"the last: {self.skips.last_skip}. Run `etchat data check`."
         )
 
     def _try(self, row: int, epoch: int) -> dict | None:

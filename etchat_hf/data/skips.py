@@ -33,6 +33,7 @@ class SkipReport:
             raise ValueError(f"max_failure_rate is {max_failure_rate}; it must be between 0 and 1.")
         self.max_failure_rate = max_failure_rate
         self.log = None if log is None else Path(log)
+        self.last_skip = ""  # of this process: sample and reason
         self._read, self._skipped, self._cut = (multiprocessing.Value("q") for _ in range(3))
 
     @property
@@ -58,6 +59,7 @@ class SkipReport:
             UnusableDataError: if too large a share has been skipped by now.
         """
         skipped = _increment(self._skipped)
+        self.last_skip = f"{sample}: {reason}"
         logger.warning("skipped %s (id %s): %s", sample, sample_id, reason)
         if self.log is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +68,7 @@ class SkipReport:
         if skipped > self.max_failure_rate * max(self.num_read + skipped, GRACE_SAMPLES):
             raise UnusableDataError(
                 f"{skipped} of {self.num_read + skipped} samples could not be used, more than max_failure_rate "
-                f"({self.max_failure_rate}) allows; the last was {sample}: {reason}. Run `etchat data check`."
+                f"({self.max_failure_rate}) allows; the last was {self.last_skip}. Run `etchat data check`."
             )
 
     def summary(self) -> str:

@@ -12,7 +12,7 @@ pipeline_tag: video-text-to-text
 - temporal-grounding
 ---
 
-# {name}
+# {title}
 
 An [E.T. Chat](https://arxiv.org/abs/2409.18111) model: it answers questions about a video and says when, in seconds.
 Trained for {steps} steps from `{base}`: tuning mode `{tuning_mode}`{lora}, matching of `<vid>` {matching}.
@@ -20,8 +20,8 @@ Trained for {steps} steps from `{base}`: tuning mode `{tuning_mode}`{lora}, matc
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model = AutoModelForImageTextToText.from_pretrained("{name}", trust_remote_code=True)
-processor = AutoProcessor.from_pretrained("{name}", trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained("{place}", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("{place}", trust_remote_code=True)
 content = [{{"type": "video", "path": "video.mp4"}}, {{"type": "text", "text": "When does it happen?"}}]
 messages = [{{"role": "user", "content": content}}]
 inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -32,6 +32,11 @@ answer = processor.post_process(model.generate(**inputs, return_dict_in_generate
 |---|---|
 {rows}
 """
+
+
+def public_name(model: str) -> str:
+    """A Hub id as it is; of a folder only the last part, since paths of this machine say nothing elsewhere."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def write_model_card(folder: Path, trainer) -> None:
@@ -47,12 +52,12 @@ def write_model_card(folder: Path, trainer) -> None:
         "epochs": last.get("epoch"),
         **{key: round(last[key], 4) for key in ("lm_loss", "match_loss", "eval_mIoU", "eval_R@0.7") if key in last},
     }
-    # A folder of this machine says nothing elsewhere.
     is_folder = Path(trainer.base_model).is_dir()
     text = CARD.format(
-        base=Path(trainer.base_model).name if is_folder else trainer.base_model,
+        base=public_name(trainer.base_model),
         base_line="" if is_folder else f"base_model: {trainer.base_model}\n",
-        name=args.hub_model_id or Path(folder).resolve().name,
+        title=args.hub_model_id or args.run_name or public_name(str(folder)),
+        place=args.hub_model_id or "path/to/this/folder",
         steps=trainer.state.global_step,
         tuning_mode=trainer.tuning_mode,
         lora=f", LoRA of rank {lora.r}" if lora else "",

@@ -15,7 +15,7 @@ from ..data import ETChatBatchSampler
 from .arguments import ETChatTrainingArguments
 from .checkpoints import merge_checkpoint, write_model_files
 from .model import check_vid_token, stored_dtype
-from .model_card import write_model_card
+from .model_card import public_name, write_model_card
 from .span_evaluation import answer_spans
 from .span_metrics import score_spans
 from .tuning import set_trained
@@ -250,7 +250,7 @@ class ETChatTrainer(Trainer):
             repo_id=self.hub_model_id,
             folder_path=folder,
             ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", ".*", "runs/*", "*.jsonl"],
-            commit_message=f"Stage of {self.state.global_step} steps from {self.base_model}",
+            commit_message=f"Stage of {self.state.global_step} steps from {public_name(self.base_model)}",
             revision=self.args.hub_revision,
         )
 

@@ -20,7 +20,7 @@ import torch
 
 from etchat_hf import ETChatForConditionalGeneration
 from etchat_hf.chat_templates import load_chat_template
-from etchat_hf.evaluation import runner
+from etchat_hf.evaluation import pipeline, runner
 from etchat_hf.evaluation.clips import read_clip
 from etchat_hf.evaluation.tasks import ETBENCH
 from etchat_hf.toy.tiny_model import build_model, build_processor
@@ -81,7 +81,7 @@ def main() -> None:
 
         alone, whole = [], []
         for _ in range(options.repeats):
-            with mock.patch.object(runner, "read_clip", lambda _, path, *rest: clips[path]):
+            with mock.patch.object(pipeline, "read_clip", lambda _, path, *rest: clips[path]):
                 alone.append(run().model_seconds)
             result = run()
             assert not result.failures, result.failures

@@ -139,9 +139,14 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         app(args=args)
     except (ValueError, OSError, ImportError) as error:
-        message = " ".join(str(error).split())
-        typer.echo(f"etchat: error: {message}", err=True)
+        typer.echo(f"etchat: error: {_one_line(error)}", err=True)
         sys.exit(2)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

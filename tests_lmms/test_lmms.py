@@ -15,7 +15,7 @@ from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 
 from etchat_hf.evaluation import evaluate_charades, evaluate_etbench
-from etchat_hf.evaluation.etbench import TASKS
+from etchat_hf.evaluation.etbench_tasks import TASKS
 from etchat_hf.evaluation.lmms import tasks as our_tasks
 from etchat_hf.evaluation.lmms.models.etchat import ETChat
 from etchat_hf.evaluation.lmms.tasks.charades_sta import utils as charades_utils

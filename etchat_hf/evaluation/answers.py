@@ -7,10 +7,11 @@ All times are seconds.
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from numbers import Real
 
-Span = tuple[float, float]
+from .metrics import Span
 
 # A number is only tried from its first digit, which keeps the search linear on a long run of digits.
 _TIME = r"(?<!\d)(\d+(?:\.\d*)?)"
@@ -83,11 +84,12 @@ def read_captions(text: str) -> list[tuple[Span, str]]:
         `((start, end), caption)` per span, seconds. A caption reaches to the next span; it is empty where the answer
         gives times in another form than `a - b` or `a to b`.
     """
-    matches = _find_ranges(text.lower())
+    text = text.lower()
+    matches = _find_ranges(text)
     if not matches:
         return [(span, "") for span in read_spans(text)]
     ends = [match.start() for match in matches[1:]] + [len(text)]
-    captions = (text.lower()[match.end() : end] for match, end in zip(matches, ends, strict=True))
+    captions = (text[match.end() : end] for match, end in zip(matches, ends, strict=True))
     events = [
         (_span_of(match), _UNIT.sub("", caption).strip(" \t\r\n,.:;-"))
         for match, caption in zip(matches, captions, strict=True)
@@ -122,17 +124,18 @@ def read_letter(text: str, anywhere: bool = True) -> int | None:
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a finite number (a truth value is none)."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a JSON value is a number that a float can hold (a truth value is none)."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def flatten_spans(value: object) -> list[Span]:
+def flatten_spans(value: object, depth: int = 3) -> list[Span]:
     """Turns annotated spans of any nesting into one list.
 
     E.T. Bench stores one span `[s, e]`, several `[[s, e], ..]`, or several per annotator `[[[s, e], ..], ..]`.
 
     Args:
         value: Parsed JSON, seconds.
+        depth: The most lists inside of each other.
 
     Returns:
         At least one `(start, end)` with start <= end.
@@ -140,11 +143,11 @@ def flatten_spans(value: object) -> list[Span]:
     Raises:
         ValueError: If this is no such list or a span ends before it starts.
     """
-    if not isinstance(value, list | tuple) or not value:
+    if not isinstance(value, list | tuple) or not value or not depth:
         raise ValueError(f"expected [start, end] or lists of it, got {value!r:.100}")
     if len(value) == 2 and all(map(is_number, value)):
         start, end = value
         if end < start:
             raise ValueError(f"span {value!r} ends before it starts")
         return [(float(start), float(end))]
-    return [span for part in value for span in flatten_spans(part)]
+    return [span for part in value for span in flatten_spans(part, depth - 1)]

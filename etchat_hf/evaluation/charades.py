@@ -4,6 +4,7 @@ Data and metric: Gao et al., "TALL: Temporal Activity Localization via Language 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -39,38 +40,43 @@ def _read_target(row: dict, name: str) -> list[float]:
     return list(spans[0])
 
 
-def score_charades(
-    rows: Sequence[dict], names: Sequence[str] | None = None
-) -> tuple[list[float], list[list[float] | None], Problems]:
-    """Scores Charades-STA predictions one by one; arguments and errors as `evaluate_charades`.
+@dataclass
+class Moment:
+    """One scored prediction: its row, the row's name, the predicted span (seconds) or None if it failed, the IoU."""
 
-    Returns:
-        IoU per row; predicted span per row, None where failed; and the problems.
-    """
+    row: dict
+    name: str
+    predicted: list[float] | None
+    iou: float
+
+
+def score_charades(rows: Sequence[dict], names: Sequence[str] | None = None) -> tuple[list[Moment], Problems]:
+    """Scores Charades-STA predictions one by one; arguments and errors as `evaluate_charades`."""
     names = default_names(rows) if names is None else names
     check_rows(rows, names)
     problems = Problems()
     note_doubles(rows, names, ("vid", "query", "span"), problems)
-    targets = [_read_target(row, name) for row, name in zip(rows, names, strict=True)]
-    predictions = [_read_prediction(row, name, problems) for row, name in zip(rows, names, strict=True)]
-    # float32 decides ties with a threshold, as in the published figures: 7 / 10 falls just below 0.7.
-    ious = [
-        float(pairwise_iou([prediction], [target], np.float32)[0, 0]) if prediction else 0.0
-        for prediction, target in zip(predictions, targets, strict=True)
-    ]
-    if all(prediction is None for prediction in predictions):
-        problems.note("not one answer could be read", f"all {len(rows)} rows")
-    return ious, predictions, problems
+    moments = []
+    for row, name in zip(rows, names, strict=True):
+        target, predicted = _read_target(row, name), _read_prediction(row, name, problems)
+        # float32 decides ties with a threshold, as in the published figures: 7 / 10 falls just below 0.7.
+        iou = float(pairwise_iou([predicted], [target], np.float32)[0, 0]) if predicted else 0.0
+        moments.append(Moment(row, name, predicted, iou))
+    return moments, problems
 
 
-def summarize_charades(ious: Sequence[float], predictions: Sequence[list[float] | None], problems: Problems) -> dict:
+def summarize_charades(moments: Sequence[Moment], problems: Problems) -> dict:
     """Summarizes scored predictions; returns what `evaluate_charades` does."""
-    recall = {f"R1@{t}": mean([float(iou >= t) for iou in ious]) for t in THRESHOLDS}
+    failed = sum(moment.predicted is None for moment in moments)
+    problems = problems.copy()
+    if failed == len(moments):
+        problems.note("not one answer could be read", f"all {failed} rows")
+    recall = {f"R1@{t}": mean([float(moment.iou >= t) for moment in moments]) for t in THRESHOLDS}
     return {
         **recall,
-        "mIoU": mean(ious),
-        "failed": sum(prediction is None for prediction in predictions),
-        "total": len(ious),
+        "mIoU": mean([moment.iou for moment in moments]),
+        "failed": failed,
+        "total": len(moments),
         "problems": dict(problems),
     }
 

@@ -39,23 +39,23 @@ def _report(output: Path, result, num_rows: int) -> None:
 def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> None:
     @app.command(benchmark.name, help=f"Answer {title}. Exit code 1 if a row failed.")
     def command(
-        annotations: Annotated[Path, typer.Option(help=annotations_help, exists=True)],
-        videos: Annotated[Path, typer.Option(help="Folder of the videos.", exists=True, file_okay=False)],
+        annotations: Annotated[Path, typer.Option(help=annotations_help)],
+        videos: Annotated[Path, typer.Option(help="Folder of the videos.")],
         model: Annotated[str, typer.Option(help="Folder or Hub id of a converted checkpoint.")],
         output: Annotated[
             Path | None, typer.Option(help=f"Folder for the answers; default: MODEL/{benchmark.name}.")
         ] = None,
-        batch_size: Annotated[int, typer.Option(min=1, help="The most rows answered at once.")] = 8,
-        max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 2048,
+        batch_size: Annotated[int, typer.Option(help="The most rows answered at once.")] = 8,
+        max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 2048,
         sample: Annotated[
             bool, typer.Option("--sample", help="Sample at temperature 0.2 instead of greedily.")
         ] = False,
-        seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+        seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
         fps: Annotated[
             float | None, typer.Option(help="Frames per second; default: as the model was trained.")
         ] = None,
-        max_frames: Annotated[int | None, typer.Option(min=1, help="The most frames of a video.")] = None,
-        decode_threads: Annotated[int | None, typer.Option(min=1, help="Videos decoded at once, per process.")] = None,
+        max_frames: Annotated[int | None, typer.Option(help="The most frames of a video.")] = None,
+        decode_threads: Annotated[int | None, typer.Option(help="Videos decoded at once, per process.")] = None,
         dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as stored.")] = "auto",
         device: Annotated[
             str | None, typer.Option(help="Such as cpu or cuda:0; default: one GPU per process.")

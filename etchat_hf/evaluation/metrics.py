@@ -6,6 +6,8 @@ import numpy as np
 
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7)
 
+Span = tuple[float, float]
+
 
 def pairwise_iou(first: Sequence, second: Sequence, dtype: type = np.float64) -> np.ndarray:
     """Computes the temporal IoU of every span of one list with every span of another.
@@ -18,12 +20,14 @@ def pairwise_iou(first: Sequence, second: Sequence, dtype: type = np.float64) ->
     Returns:
         IoU in [0, 1], shape (A, B). A reversed or empty span overlaps nothing.
     """
-    a = np.asarray(first, dtype=dtype)[:, None]
-    b = np.asarray(second, dtype=dtype)[None]
-    overlap = np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])
-    overlap = overlap.clip(min=0)
-    union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - overlap
-    return np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+    # What a float cannot hold becomes infinite, and its IoU 0.
+    with np.errstate(over="ignore", invalid="ignore"):
+        a = np.asarray(first, dtype=dtype)[:, None]
+        b = np.asarray(second, dtype=dtype)[None]
+        overlap = np.minimum(a[..., 1], b[..., 1]) - np.maximum(a[..., 0], b[..., 0])
+        overlap = overlap.clip(min=0)
+        union = (a[..., 1] - a[..., 0]) + (b[..., 1] - b[..., 0]) - overlap
+        return np.divide(overlap, union, out=np.zeros_like(overlap), where=(union > 0) & np.isfinite(union))
 
 
 def f1(precision: float, recall: float) -> float:
@@ -34,3 +38,21 @@ def f1(precision: float, recall: float) -> float:
 def mean(values: Sequence[float]) -> float:
     """Returns the mean, 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
+
+
+def score_spans(predicted: Sequence[Sequence[Span]], annotated: Sequence[Sequence[Span]]) -> dict[str, float]:
+    """Scores answers that may hold several spans, paired in order; one that is missing or too many counts as 0.
+
+    Args:
+        predicted, annotated: Per answer its spans `(start, end)`, seconds; equally many answers.
+
+    Returns:
+        `mIoU`, the mean over the answers of their mean IoU, and `R@0.5` and `R@0.7`, the share of answers that reach
+        it; each in [0, 1].
+    """
+    ious = [
+        sum(float(pairwise_iou([a], [b])[0, 0]) for a, b in zip(spans, truth, strict=False))
+        / max(len(spans), len(truth), 1)
+        for spans, truth in zip(predicted, annotated, strict=True)
+    ]
+    return {"mIoU": mean(ious)} | {f"R@{t}": mean([float(iou >= t) for iou in ious]) for t in (0.5, 0.7)}

@@ -5,6 +5,7 @@ Li et al., "MVBench: A Comprehensive Multi-modal Video Understanding Benchmark",
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .metrics import mean
 from .predictions import Problems, check_rows, default_names, get_answer, note_doubles, require
@@ -24,6 +25,54 @@ def _right_option(row: dict, name: str) -> int:
     return options.index(right)
 
 
+@dataclass
+class Choice:
+    """One scored answer: its row, the row's name, the chosen and the right option; None where none was chosen."""
+
+    row: dict
+    name: str
+    chosen: int | None
+    right: int
+
+
+def score_mvbench(rows: Sequence[dict], names: Sequence[str] | None = None) -> tuple[list[Choice], Problems]:
+    """Scores MVBench answers one by one; arguments and errors as `evaluate_mvbench`."""
+    names = default_names(rows) if names is None else names
+    check_rows(rows, names)
+    problems = Problems()
+    note_doubles(rows, names, ("task", "video", "question", "start", "end"), problems)
+    choices = []
+    for row, name in zip(rows, names, strict=True):
+        require(row, name, "task", str)
+        right = _right_option(row, name)
+        choices.append(Choice(row, name, _read_first_letter(get_answer(row, name, problems)), right))
+    return choices, problems
+
+
+def summarize_mvbench(choices: Sequence[Choice], problems: Problems) -> dict:
+    """Summarizes scored answers; returns what `evaluate_mvbench` does."""
+    groups: dict[str, list[Choice]] = {}
+    for choice in choices:
+        groups.setdefault(choice.row["task"], []).append(choice)
+    by_task = {
+        task: {
+            "Total": len(part),
+            "Failed": sum(choice.chosen is None for choice in part),
+            "Acc": round(mean([float(choice.chosen == choice.right) for choice in part]), 5),
+        }
+        for task, part in sorted(groups.items())
+    }
+    problems = problems.copy()
+    for task, figures in by_task.items():
+        if figures["Failed"] == figures["Total"]:
+            problems.note("not one answer could be read", task)
+    return {
+        "by_task": by_task,
+        "overall": {"Avg": mean([figures["Acc"] for figures in by_task.values()])},
+        "problems": dict(problems),
+    }
+
+
 def evaluate_mvbench(rows: Sequence[dict], names: Sequence[str] | None = None) -> dict:
     """Computes the accuracy on MVBench (Li et al., CVPR 2024).
 
@@ -40,28 +89,4 @@ def evaluate_mvbench(rows: Sequence[dict], names: Sequence[str] | None = None) -
     Raises:
         ValueError: If there is nothing to score or an annotation is broken, naming row, field and value.
     """
-    names = default_names(rows) if names is None else names
-    check_rows(rows, names)
-    problems = Problems()
-    note_doubles(rows, names, ("task", "video", "question", "start", "end"), problems)
-    groups: dict[str, list[tuple[int | None, int]]] = {}
-    for row, name in zip(rows, names, strict=True):
-        right = _right_option(row, name)
-        letter = _read_first_letter(get_answer(row, name, problems))
-        groups.setdefault(require(row, name, "task", str), []).append((letter, right))
-    by_task = {
-        task: {
-            "Total": len(pairs),
-            "Failed": sum(letter is None for letter, _ in pairs),
-            "Acc": round(mean([float(letter == right) for letter, right in pairs]), 5),
-        }
-        for task, pairs in sorted(groups.items())
-    }
-    for task, figures in by_task.items():
-        if figures["Failed"] == figures["Total"]:
-            problems.note("not one answer could be read", task)
-    return {
-        "by_task": by_task,
-        "overall": {"Avg": mean([figures["Acc"] for figures in by_task.values()])},
-        "problems": dict(problems),
-    }
+    return summarize_mvbench(*score_mvbench(rows, names))

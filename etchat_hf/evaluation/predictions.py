@@ -21,6 +21,10 @@ class Problems(dict):
         """Files a row under a kind of problem."""
         self.setdefault(kind, []).append(name)
 
+    def copy(self) -> "Problems":
+        """Returns problems to which more can be added without changing these."""
+        return Problems({kind: list(names) for kind, names in self.items()})
+
 
 def default_names(rows: Sequence[dict]) -> list[str]:
     """Names rows by their position, for messages."""
@@ -37,7 +41,7 @@ def check_rows(rows: Sequence[dict], names: Sequence[str]) -> None:
         raise ValueError("there are no predictions to score")
     for row, name in zip(rows, names, strict=True):
         if not isinstance(row, dict):
-            raise ValueError(f"{name}: expected an object with an annotation and its answer, got {row!r:.100}")
+            raise ValueError(f"{name}: expected a JSON object, got {row!r:.100}")
 
 
 def require(row: dict, name: str, key: str, kind: type) -> object:
@@ -78,11 +82,13 @@ def note_doubles(rows: Sequence[dict], names: Sequence[str], fields: Sequence[st
 
 
 def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; give what `etchat infer` wrote")
     if not path.is_dir():
         return [path]
     files = sorted(file for file in path.glob("*.json") if file.name not in (METRICS_FILE, FAILURES_FILE))
     if not files:
-        raise ValueError(f"{path}: no prediction files (*.json) in this folder")
+        raise ValueError(f"{path}: no prediction files (*.json) in this folder; `etchat infer` writes them")
     return files
 
 
@@ -94,9 +100,25 @@ def read_json(path: str | Path) -> object:
         OSError: If it cannot be read.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error})") from error
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error}); was it written completely?") from error
+
+
+def read_rows(path: str | Path) -> list[dict]:
+    """Reads a JSON array of rows.
+
+    Raises:
+        ValueError: If it is none, or holds something else than objects.
+        OSError: If it cannot be read.
+    """
+    rows = read_json(path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: expected a JSON array of rows, got {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} row {i}: expected a JSON object, got {row!r:.100}")
+    return rows
 
 
 def load_predictions(paths: Sequence[str | Path]) -> tuple[list[dict], list[str]]:
@@ -109,18 +131,17 @@ def load_predictions(paths: Sequence[str | Path]) -> tuple[list[dict], list[str]
         The rows of all files, and per row its name for messages: file, position, and idx where it has one.
 
     Raises:
-        ValueError: If a file is no JSON array, or a folder holds no file.
+        ValueError: If a file is no JSON array of objects, a folder holds no file, or there are no rows.
         OSError: If a file cannot be read.
     """
     rows, names = [], []
     for file in (file for path in paths for file in _files(Path(path))):
-        part = read_json(file)
-        if not isinstance(part, list):
-            raise ValueError(f"{file}: expected a JSON array of rows, got {type(part).__name__}")
-        for i, row in enumerate(part):
-            label = f" (idx {row['idx']})" if isinstance(row, dict) and "idx" in row else ""
+        for i, row in enumerate(read_rows(file)):
+            label = f" (idx {row['idx']})" if "idx" in row else ""
             names.append(f"{file} row {i}{label}")
             rows.append(row)
+    if not rows:
+        raise ValueError(f"{', '.join(map(str, paths))}: no predictions, only an empty array")
     return rows, names
 
 
@@ -158,13 +179,18 @@ def write_atomic(path: str | Path, text: str) -> None:
 
     Args:
         path: Where to write; missing folders are made.
-        text: The content.
+        text: The content. What UTF-8 does not have, half of a surrogate pair, is written as JSON escapes it.
+
+    Raises:
+        OSError: If it cannot be written.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: this is a folder; give a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         umask = os.umask(0)
         os.umask(umask)

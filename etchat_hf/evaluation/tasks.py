@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .answers import is_number
-from .predictions import check_rows, default_names, read_json, require
+from .predictions import read_rows, require
 
 # Multiple-choice answers are begun for the model, so that it goes on with the letter.
 CHOICE_START = "Best Option: ("
@@ -98,10 +98,9 @@ class Benchmark:
 
 
 def _read_array(path: Path) -> list[dict]:
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise ValueError(f"{path}: expected a JSON array of rows, got {type(rows).__name__}")
-    check_rows(rows, [f"{path} {name}" for name in default_names(rows)])
+    rows = read_rows(path)
+    if not rows:
+        raise ValueError(f"{path}: the array is empty; give the benchmark's annotations")
     return rows
 
 
@@ -133,7 +132,7 @@ def _ask_etbench(row: dict) -> Request:
 def _read_charades(path: Path) -> list[dict]:
     """Reads lines `VID START END##SENTENCE.`; the query is the sentence without its final period."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a text file in UTF-8 ({error})") from error
     rows = []
@@ -145,7 +144,8 @@ def _read_charades(path: Path) -> list[dict]:
             raise ValueError(f"{path} line {number}: expected 'VID START END##SENTENCE.', got {line!r:.100}")
         video, start, end, sentence = match.groups()
         rows.append({"vid": video, "query": sentence.strip().removesuffix("."), "span": [float(start), float(end)]})
-    check_rows(rows, default_names(rows))
+    if not rows:
+        raise ValueError(f"{path}: no line 'VID START END##SENTENCE.'; give Charades-STA's annotations")
     return rows
 
 

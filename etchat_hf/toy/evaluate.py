@@ -1,19 +1,17 @@
 """What the toy model answers about unseen videos, and how good that is."""
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from ..evaluation.metrics import mean
+from ..evaluation.answers import read_letter
+from ..evaluation.metrics import mean, score_spans
 from ..modeling_etchat import ETChatForConditionalGeneration
 from ..processing_etchat import ETChatProcessor
-from ..training.span_metrics import sample_iou
 from .annotations import SPAN_TASKS
 
 BATCH_SIZE = 16
-LETTER = re.compile(r"\(([A-D])\)")
 
 
 @torch.no_grad()
@@ -67,21 +65,33 @@ def score_rows(rows: list[dict], answers: list[dict]) -> dict:
         `dict` with `mIoU` and `R@0.7` over the questions of the span tasks, and `tasks`: for each task how many
         questions, and the mean IoU, or the share that is right: the moment within a second, or the letter.
     """
-    scores = {}
+    pairs = {}
     for row, answer in zip(rows, answers, strict=True):
-        scores.setdefault(row["task"], []).append(_score(row, answer))
-    ious = [iou for task in SPAN_TASKS for iou in scores.get(task, [])]
+        pairs.setdefault(row["task"], []).append((row, answer))
+    scores = _score_spans([pair for task in SPAN_TASKS for pair in pairs.get(task, [])])
     return {
-        "mIoU": mean(ious),
-        "R@0.7": mean([float(iou >= 0.7) for iou in ious]),
-        "tasks": {task: (len(values), mean(values)) for task, values in scores.items()},
+        "mIoU": scores["mIoU"],
+        "R@0.7": scores["R@0.7"],
+        "tasks": {task: (len(part), _score_task(task, part)) for task, part in pairs.items()},
     }
 
 
-def _score(row: dict, answer: dict) -> float:
-    if row["task"] == "rar":
-        return float(LETTER.findall(answer["text"]) == LETTER.findall(row["conversations"][1]["value"]))
-    if row["task"] == "vhd":
-        times = answer["timestamps"]
-        return float(len(times) == 1 and abs(times[0] - row["tgt"][0]) <= 1)
-    return sample_iou(answer["spans"], list(zip(row["tgt"][::2], row["tgt"][1::2], strict=True)))
+def _score_spans(pairs: list[tuple[dict, dict]]) -> dict[str, float]:
+    annotated = [list(zip(row["tgt"][::2], row["tgt"][1::2], strict=True)) for row, _ in pairs]
+    return score_spans([answer["spans"] for _, answer in pairs], annotated)
+
+
+def _score_task(task: str, pairs: list[tuple[dict, dict]]) -> float:
+    if task in SPAN_TASKS:
+        return _score_spans(pairs)["mIoU"]
+    is_right = _is_right_letter if task == "rar" else _is_right_moment
+    return mean([float(is_right(row, answer)) for row, answer in pairs])
+
+
+def _is_right_letter(row: dict, answer: dict) -> bool:
+    return read_letter(answer["text"]) == read_letter(row["conversations"][1]["value"])
+
+
+def _is_right_moment(row: dict, answer: dict) -> bool:
+    times = answer["timestamps"]
+    return len(times) == 1 and abs(times[0] - row["tgt"][0]) <= 1

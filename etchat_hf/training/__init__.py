@@ -7,7 +7,6 @@ from .arguments import ETChatModelArguments, ETChatTrainingArguments
 from .checkpoints import merge_checkpoint
 from .model import load_model, load_processor
 from .parser import ETChatParser
-from .span_metrics import score_spans
 from .trainer import ETChatTrainer
 
 __all__ = [
@@ -18,5 +17,4 @@ __all__ = [
     "load_model",
     "load_processor",
     "merge_checkpoint",
-    "score_spans",
 ]

@@ -12,12 +12,12 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..data import ETChatBatchSampler
+from ..evaluation.metrics import score_spans
 from .arguments import ETChatTrainingArguments
 from .checkpoints import merge_checkpoint, write_model_files
 from .model import check_vid_token, stored_dtype
 from .model_card import public_name, write_model_card
 from .span_evaluation import answer_spans
-from .span_metrics import score_spans
 from .tuning import set_trained
 from .vision_cache import VisionCache
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from etchat_hf import ETChatForConditionalGeneration
 from etchat_hf.chat_templates import load_chat_template
-from etchat_hf.evaluation import evaluate_charades, evaluate_mvbench, runner
+from etchat_hf.evaluation import evaluate_charades, evaluate_mvbench, pipeline
 from etchat_hf.evaluation.answering import build_inputs, write_prompt
 from etchat_hf.evaluation.cli import app as evaluate_app
 from etchat_hf.evaluation.clips import read_clip
@@ -261,14 +261,14 @@ def test_each_video_is_encoded_once(tiny, world, alone, monkeypatch):
 
 def test_out_of_memory_falls_back_to_single_rows(tiny, world, alone, monkeypatch, capsys):
     folder, rows = world
-    answer_batch = runner.answer_batch
+    answer_batch = pipeline.answer_batch
 
     def small_memory(model, processor, prompts, *rest):
         if len(prompts) > 1 or "from" in prompts[0].text:
             raise torch.OutOfMemoryError("tried to allocate")
         return answer_batch(model, processor, prompts, *rest)
 
-    monkeypatch.setattr(runner, "answer_batch", small_memory)
+    monkeypatch.setattr(pipeline, "answer_batch", small_memory)
     result = infer(*tiny, ETBENCH, rows[:6], folder / "videos", SETTINGS, show_progress=False)
     assert [row["a"] for row in result.predictions[:4]] == [row["a"] for row in alone.predictions[:4]]
     assert set(result.failures) == {4} and "out of memory" in capsys.readouterr().err
@@ -465,8 +465,8 @@ def test_what_is_answered_is_not_asked_again(tiny, world, tmp_path, monkeypatch)
     lost = json.loads(lines[-1])["row"]
     journal.write_text("".join(lines[:-1]))
     asked = []
-    answer_batch = runner.answer_batch
-    monkeypatch.setattr(runner, "answer_batch", lambda *args: asked.append(len(args[2])) or answer_batch(*args))
+    answer_batch = pipeline.answer_batch
+    monkeypatch.setattr(pipeline, "answer_batch", lambda *args: asked.append(len(args[2])) or answer_batch(*args))
     before = json.loads((tmp_path / "predictions.json").read_text())
     result = infer(*tiny, ETBENCH, rows[:4], folder / "videos", settings, tmp_path, show_progress=False)
     assert asked == [2] and result.num_known == 3  # the lost row, in the company it had

@@ -1,4 +1,4 @@
-"""The smaller parts of training: fresh heads, the vision cache, span scores, configuration files."""
+"""The smaller parts of training: fresh heads, the vision cache, evaluation, configuration files."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from trl import TrlParser
 
 from etchat_hf import ETChatForConditionalGeneration, ETChatProcessor
 from etchat_hf.data import DataSource, ETChatDataArguments, StageData
-from etchat_hf.training import ETChatModelArguments, ETChatTrainingArguments, load_model, score_spans
+from etchat_hf.training import ETChatModelArguments, ETChatTrainingArguments, load_model
 from etchat_hf.training.vision_cache import VisionCache
 
 from .runs import REPOSITORY, build_trainer
@@ -114,16 +114,6 @@ def test_half_precision_trains_and_evaluates(start, toy_data, tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
     with pytest.raises(ValueError, match="set bf16 or fp16, or dtype to float32"):
         build_trainer(start, toy_data, tmp_path, model_options=options)
-
-
-def test_span_scores():
-    assert score_spans([[(0, 10)]], [[(0, 10)]]) == {"mIoU": 1.0, "R@0.5": 1.0, "R@0.7": 1.0}
-    assert score_spans([[(0, 5)], []], [[(0, 10)], [(1, 2)]]) == {"mIoU": 0.25, "R@0.5": 0.5, "R@0.7": 0.0}
-    assert score_spans([[(0, 4), (5, 9)]], [[(0, 4)]])["mIoU"] == 0.5
-    assert score_spans([[(4, 0)]], [[(0, 4)]])["mIoU"] == 0.0
-    assert score_spans([], [])["mIoU"] == 0.0
-    with pytest.raises(ValueError):
-        score_spans([[]], [])
 
 
 def test_evaluation_reports_losses_apart_and_iou(start, toy_data, tmp_path):

@@ -9,7 +9,8 @@ from datasets import Dataset
 from loguru import logger
 
 from .... import evaluate_etbench
-from ....etbench import GROUPS, TASKS
+from ....etbench import CAPTION_TASKS
+from ....etbench_tasks import TASKS
 from ....similarity import Similarity, get_similarity
 from ....tasks import ETBENCH, Answer
 from ..docs import dataset_kwargs, make_docs, setting, show_video
@@ -39,7 +40,7 @@ def process_results(doc: dict, results: list[str]) -> dict[str, dict]:
     """The annotation with its answer, once for each metric: they are figures of the whole data set."""
     row = ETBENCH.fill(json.loads(doc["annotation"]), Answer(results[0]))
     metrics = [TASKS[row["task"]].headline, "Failed"]
-    if row["task"] in GROUPS["f1_cap"]:
+    if row["task"] in CAPTION_TASKS:
         metrics.append("Sim")
     return dict.fromkeys(metrics, row)
 

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TypedDict
 
 import numpy as np
@@ -55,6 +56,25 @@ LOOK_AHEAD = 2
 
 Picture = str | os.PathLike | bytes | BinaryIO | Mapping[str, Any] | PIL.Image.Image | np.ndarray | torch.Tensor
 Clip = Picture | Sequence[Picture]
+
+
+@dataclass(eq=False)
+class SampledClip:
+    """A clip of which it is known what to decode: opened and sampled.
+
+    Args:
+        content: what was opened, with a `Source` for each file, URL, or bytes; a list of such for a list of images.
+        reader (`VideoReader`): decodes it.
+        frame_indices (`np.ndarray`, int64 (T,)): numbers of the sampled frames in the source.
+        frame_times (`list` of `float`): seconds of each since the clip's first frame.
+        metadata (`dict`): the entry of `video_metadata`; see `ETChatVideoProcessor.preprocess`.
+    """
+
+    content: Any
+    reader: VideoReader
+    frame_indices: np.ndarray
+    frame_times: list[float]
+    metadata: dict[str, Any]
 
 
 class ETChatVideoProcessorKwargs(TypedDict, total=False):
@@ -188,20 +208,36 @@ class ETChatVideoProcessor(VideoProcessorMixin):
         metadata = [None] * len(clips) if metadata is None else list(metadata)
         if len(metadata) != len(clips):
             raise ValueError(f"video_metadata has {len(metadata)} entries for {len(clips)} clips; pass one per clip")
-        readers = [open_clip(clip, entry, self.decoder) for clip, entry in zip(clips, metadata, strict=True)]
-        sampled = [select_frames(reader, **options) for reader in readers]
+        sampled = [self._sample(clip, entry, options) for clip, entry in zip(clips, metadata, strict=True)]
+        pictures = (picture for clip in sampled for picture in clip.reader.read(clip.frame_indices))
+        count = sum(len(clip.frame_times) for clip in sampled)
         return BatchFeature(
             {
-                "pixel_values": self._pixel_values(readers, sampled),
-                "frame_times": [
-                    reader.times[indices].tolist() for reader, indices in zip(readers, sampled, strict=True)
-                ],
-                "frame_indices": [indices.tolist() for indices in sampled],
-                "video_metadata": [
-                    describe(reader, len(indices)) for reader, indices in zip(readers, sampled, strict=True)
-                ],
+                "pixel_values": self._stacked(self._transformed(pictures), count),
+                "frame_times": [clip.frame_times for clip in sampled],
+                "frame_indices": [clip.frame_indices.tolist() for clip in sampled],
+                "video_metadata": [clip.metadata for clip in sampled],
             }
         )
+
+    def sample(
+        self,
+        clip: Clip | VideoReader,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        max_frames: int | None = None,
+        do_sample_frames: bool | None = None,
+        video_metadata: Mapping[str, Any] | None = None,
+    ) -> SampledClip:
+        """Opens one clip and chooses its frames, without decoding them; arguments and errors as `iter_frames`'."""
+        options = self._sampling_options(fps, num_frames, max_frames, do_sample_frames)
+        return self._sample(clip, video_metadata, options)
+
+    def iter_pixels(self, clip: SampledClip, chunk_size: int) -> Iterator[torch.Tensor]:
+        """The pixel values of a sampled clip, `chunk_size` frames at a time: float32 (frames, 3, size, size)."""
+        frames = self._transformed(clip.reader.read(clip.frame_indices))
+        for start in range(0, len(clip.frame_times), chunk_size):
+            yield self._stacked(frames, min(chunk_size, len(clip.frame_times) - start))
 
     def iter_frames(
         self,
@@ -229,17 +265,14 @@ class ETChatVideoProcessor(VideoProcessorMixin):
             FileNotFoundError, OSError, ValueError: as `preprocess`.
         """
         check_counts(chunk_size=chunk_size)
-        options = self._sampling_options(fps, num_frames, max_frames, do_sample_frames)
-        reader = clip if isinstance(clip, VideoReader) else open_clip(clip, video_metadata, self.decoder)
-        indices = select_frames(reader, **options)
-        frames = self._transformed(reader.read(indices))
-        for start in range(0, len(indices), chunk_size):
-            chunk = indices[start : start + chunk_size]
+        sampled = self.sample(clip, fps, num_frames, max_frames, do_sample_frames, video_metadata)
+        for number, pixels in enumerate(self.iter_pixels(sampled, chunk_size)):
+            chunk = slice(number * chunk_size, number * chunk_size + len(pixels))
             yield BatchFeature(
                 {
-                    "pixel_values": self._stacked(frames, len(chunk)),
-                    "frame_times": reader.times[chunk].tolist(),
-                    "frame_indices": chunk.tolist(),
+                    "pixel_values": pixels,
+                    "frame_times": sampled.frame_times[chunk],
+                    "frame_indices": sampled.frame_indices[chunk].tolist(),
                 }
             )
 
@@ -260,11 +293,14 @@ class ETChatVideoProcessor(VideoProcessorMixin):
             "do_sample_frames": self.do_sample_frames if do_sample_frames is None else do_sample_frames,
         }
 
-    def _pixel_values(self, readers: list[VideoReader], sampled: list[np.ndarray]) -> torch.Tensor:
-        pictures = (
-            picture for reader, indices in zip(readers, sampled, strict=True) for picture in reader.read(indices)
-        )
-        return self._stacked(self._transformed(pictures), sum(map(len, sampled)))
+    def _sample(self, clip: Clip | VideoReader, metadata, options: dict[str, Any]) -> SampledClip:
+        if isinstance(clip, VideoReader):
+            content = reader = clip
+        else:
+            content = [as_source(picture) for picture in clip] if isinstance(clip, list | tuple) else as_source(clip)
+            reader = open_clip(content, metadata, self.decoder)
+        indices = select_frames(reader, **options)
+        return SampledClip(content, reader, indices, reader.times[indices].tolist(), describe(reader, len(indices)))
 
     def _stacked(self, frames: Iterator[torch.Tensor], count: int) -> torch.Tensor:
         """The next `count` frames: float32 (count, 3, size, size)."""
@@ -339,9 +375,9 @@ class FrameSequence(VideoReader):
 
 def open_clip(clip: Clip, metadata: Mapping[str, Any] | None, decoder: str | None) -> VideoReader:
     """A reader for any clip; see `ETChatVideoProcessor.preprocess`."""
-    if is_source(clip) or is_torchcodec_decoder(clip):
-        source = clip if is_torchcodec_decoder(clip) else Source(clip)
-        reader = open_file(source, decoder)
+    clip = as_source(clip)
+    if isinstance(clip, Source) or is_torchcodec_decoder(clip):
+        reader = open_file(clip, decoder)
         if metadata is not None:
             raise ValueError(f"{reader.name}: this clip has its own time base; pass None as its video_metadata")
         return reader

@@ -1,14 +1,14 @@
 """E.T. Chat for the Hugging Face ecosystem: ask "when?" of a video and get seconds back.
 
-Classes are loaded when they are used, here and by the Auto classes: `import etchat_hf` costs what `import transformers`
-costs, and loads neither torch nor a video decoder.
+Classes are loaded when they are used, here and by the Auto classes: `import etchat_hf` loads neither torch nor a video
+decoder.
 """
 
 import importlib
 import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
-
-from transformers.models.auto import auto_mappings
 
 if TYPE_CHECKING:
     from .configuration_etchat import ETChatConfig
@@ -40,15 +40,24 @@ _MODULES = {
     "EncodedClip": "processing_etchat",
     "VidMatch": "generation_etchat",
 }
-_MODEL_TYPE, _MODEL_CLASS = "etchat", "ETChatForConditionalGeneration"
+# transformers finds its own models by name: in tables of names, and in a module for each below `transformers.models`.
+_AUTO = "transformers.models.auto"
+_TABLES = {
+    f"{_AUTO}.auto_mappings": {
+        "CONFIG_MAPPING_NAMES": "ETChatConfig",
+        "PROCESSOR_MAPPING_NAMES": "ETChatProcessor",
+    },
+    f"{_AUTO}.modeling_auto": {
+        "MODEL_MAPPING_NAMES": "ETChatForConditionalGeneration",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "ETChatForConditionalGeneration",
+    },
+}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    _name_models()
-    globals()[name] = value
+    globals()[name] = value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     return value
 
 
@@ -56,40 +65,40 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+class _NamesForAutoClasses(MetaPathFinder):
+    """Writes our names into transformers' tables as these are imported, which takes as long as transformers itself."""
+
+    def find_spec(self, name, path, target=None):
+        if name not in _TABLES:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        exec_module = spec.loader.exec_module
+
+        def exec_and_extend(module):
+            exec_module(module)
+            for table, class_name in _TABLES[name].items():
+                vars(module)[table]["etchat"] = class_name
+
+        spec.loader.exec_module = exec_and_extend
+        return spec
+
+
 def _register() -> None:
-    """Makes the Auto classes know ours, without loading any of them.
-
-    transformers finds its own models by name: tables of names, read by the Auto classes when these are first loaded,
-    and a module for each below `transformers.models`, which this package stands in for. Where the Auto classes have
-    been loaded before, classes are registered with them.
-    """
-    if "transformers.models.auto.configuration_auto" in sys.modules:
-        _register_classes()
-        return
-    sys.modules[f"transformers.models.{_MODEL_TYPE}"] = sys.modules[__name__]
-    auto_mappings.CONFIG_MAPPING_NAMES[_MODEL_TYPE] = "ETChatConfig"
-    auto_mappings.PROCESSOR_MAPPING_NAMES[_MODEL_TYPE] = "ETChatProcessor"
-
-
-def _name_models() -> None:
-    """The tables of models come with torch, so they wait for the first use of a class; a model's is its configuration."""
-    from transformers.models.auto import modeling_auto
-
-    modeling_auto.MODEL_MAPPING_NAMES[_MODEL_TYPE] = _MODEL_CLASS
-    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[_MODEL_TYPE] = _MODEL_CLASS
-
-
-def _register_classes() -> None:
+    """Registers with Auto classes that were imported before."""
     from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
     from .configuration_etchat import ETChatConfig
     from .modeling_etchat import ETChatForConditionalGeneration
     from .processing_etchat import ETChatProcessor
 
-    AutoConfig.register(_MODEL_TYPE, ETChatConfig)
+    AutoConfig.register("etchat", ETChatConfig)
     AutoModel.register(ETChatConfig, ETChatForConditionalGeneration)
     AutoModelForImageTextToText.register(ETChatConfig, ETChatForConditionalGeneration)
     AutoProcessor.register(ETChatConfig, ETChatProcessor)
 
 
-_register()
+if _AUTO in sys.modules:
+    _register()
+else:
+    sys.modules["transformers.models.etchat"] = sys.modules[__name__]
+    sys.meta_path.insert(0, _NamesForAutoClasses())

@@ -48,8 +48,9 @@ def test_the_auto_classes_find_a_checkpoint_in_any_order_of_imports(imports):
 
 
 def test_an_auto_class_makes_a_model_of_our_configuration():
-    code = f"from etchat_hf import ETChatConfig; {AUTO_CLASSES}; path = {str(bundled_checkpoint())!r}; "
-    in_fresh_process(code + "assert AutoModel.from_config(ETChatConfig.from_pretrained(path)).config.use_matching")
+    imports = f"from etchat_hf.configuration_etchat import ETChatConfig; {AUTO_CLASSES}"
+    config = f"ETChatConfig.from_pretrained({str(bundled_checkpoint())!r})"
+    in_fresh_process(f"{imports}; assert AutoModel.from_config({config}).config.use_matching")
 
 
 def test_names_are_listed_and_unknown_ones_refused():

@@ -7,6 +7,7 @@ that it has never seen. About six minutes on two CPU cores; the same seed gives 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,12 @@ from .tiny_model import build_model, build_processor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = ("stage1", "stage2", "stage3")
+USE = """from etchat_hf.inference import ask, load
+from etchat_hf.toy import bundled_checkpoint
+
+model, processor = load(bundled_checkpoint())
+print(ask(model, processor, "video.mp4", "When is the red square visible?")["answer"])
+"""
 
 
 def main() -> None:
@@ -104,7 +111,7 @@ def run_stage(
     if max_steps is not None:
         options |= {"max_steps": max_steps, "eval_steps": max_steps}
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", str(script)]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--cpu", "--quiet", str(script)]
     # One thread: at this size more of them wait for each other, and sums keep their order on every machine.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
     subprocess.run(
@@ -124,11 +131,26 @@ def last_figures(folder: Path) -> str:
 
 
 def bundle(model: Path) -> None:
-    """Copies a model into the package, without what only training needs."""
+    """Copies a model into the package, without what only training needs and without the code, which is beside it."""
     target = bundled_checkpoint()
     shutil.rmtree(target, ignore_errors=True)
     ignored = shutil.ignore_patterns("checkpoint-*", "*.jsonl", "runs", ".*", "*.py")
     shutil.copytree(model, target, ignore=ignored, copy_function=shutil.copyfile)
+    for path in target.rglob("*config.json"):
+        content = _without_auto_map(json.loads(path.read_text(encoding="utf-8")))
+        path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card = target / "README.md"
+    text = re.sub(r"```python\n.*?```", f"```python\n{USE}```", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+    card.write_text(text, encoding="utf-8")
+
+
+def _without_auto_map(content: dict) -> dict:
+    """The Auto classes would look for code files where there are none."""
+    return {
+        key: _without_auto_map(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key != "auto_map"
+    }
 
 
 def _track(values, description: str):
@@ -143,4 +165,7 @@ def _table(tasks: dict[str, tuple[int, float]]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{Path(error.cmd[error.cmd.index('--config') + 1]).stem} failed; the reason is above.")

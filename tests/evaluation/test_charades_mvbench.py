@@ -35,13 +35,14 @@ def test_charades_answers_that_score_nothing(prediction, failed):
 def test_charades_bad_answers_are_named():
     rows = [make_charades([0, 10], [0, 10]), make_charades([0, 10], "0 - 10", "W"), make_charades([0, 10], [0, 10])]
     rows.append({"vid": "X", "query": "q", "span": [0, 10]})
-    result = evaluate_charades(rows, names=list("ABCD"))
+    rows.append(make_charades([0, 10], [0, float("inf")], "Y"))
+    result = evaluate_charades(rows, names=list("ABCDE"))
     assert result["problems"] == {
         "answered more than once": ["C repeats A"],
-        "answer is not numbers": ["B: '0 - 10'"],
+        "answer is not numbers": ["B: '0 - 10'", "E: [0, inf]"],
         "missing answer": ["D"],
     }
-    assert (result["failed"], result["total"]) == (2, 4)
+    assert (result["failed"], result["total"]) == (3, 5)
 
 
 @pytest.mark.parametrize("span", [None, [1], [5, 1], [[0, 1], [2, 3]]])

@@ -48,7 +48,7 @@ def make_row(task: str, idx: int, rng: random.Random) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     rng = random.Random(0)
     tasks = [task for task, size in SIZES.items() for _ in range(size)]

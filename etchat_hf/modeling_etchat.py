@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModel, InstructBlipQFormerModel, InstructBlipVisionModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_masks_for_generate, or_masks
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerMultiHeadAttention
@@ -414,6 +415,8 @@ class ETChatModel(ETChatPreTrainedModel):
             `torch.FloatTensor` of shape `(N, patches, C)`, without gradient.
         """
         size = CPU_CHUNK_FRAMES if pixel_values.device.type == "cpu" else CHUNK_FRAMES
+        if _is_sharded(self.vision_tower):  # the others may have other numbers of frames, hence of chunks
+            size = len(pixel_values)
         features = None
         for number, chunk in enumerate(pixel_values.split(size)):
             patches = self.vision_tower(chunk.to(self.vision_tower.dtype)).last_hidden_state[:, 1:]
@@ -651,6 +654,15 @@ class ETChatModel(ETChatPreTrainedModel):
 def _in_lockstep(model: nn.Module) -> bool:
     """Whether other processes may wait for this one to use all parameters."""
     return model.training or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    """Whether processes hold a part of each parameter (FSDP2, ZeRO-3), so that all must run the module as often."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return is_deepspeed_zero3_enabled() or any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def _position_ids(inputs_embeds, attention_mask, past_key_values):

@@ -86,10 +86,11 @@ def compress(
     try:
         settings = Compression(fps, size)
         part = (0, 1) if shard is None else (shard, num_shards)
-        problems = compress_tree(src, dst, settings, *part, workers, _progress("compressing"))
+        done = compress_tree(src, dst, settings, *part, workers, _progress("compressing"))
     except (ValueError, OSError) as error:
         raise _fail(error) from error
-    _list_problems([f"{path}: {problem}" for path, problem in sorted(problems.items())])
+    print(f"{done.written} videos compressed, {done.skipped} skipped (there already), {len(done.failed)} failed")
+    _list_problems([f"{path}: {problem}" for path, problem in sorted(done.failed.items())])
 
 
 def pack(

@@ -8,6 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -39,6 +40,14 @@ class Compression:
             raise ValueError(f"size is {self.size}; it must be an even number of at least 2.")
 
 
+class Compressed(NamedTuple):
+    """What became of the videos: how many were `written` and `skipped` (there already); of each `failed` one, why."""
+
+    written: int
+    skipped: int
+    failed: dict[str, str]
+
+
 def check_shard(shard: int, num_shards: int) -> None:
     """ValueError unless 0 <= shard < num_shards."""
     if not 0 <= shard < num_shards:
@@ -53,7 +62,7 @@ def compress_tree(
     num_shards: int = 1,
     workers: int | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda results, total: results,
-) -> dict[str, str]:
+) -> Compressed:
     """
     Compresses every video below `source` to the same relative path, each of which is an MP4 file whatever its name
     ends in. Files that are already there are passed over: each was checked before it got its name.
@@ -63,27 +72,26 @@ def compress_tree(
         workers (`int`, *optional*): processes; default: one per core.
         progress: wraps the iterator over finished files; called with the number of files.
 
-    Returns:
-        `dict`: the reason for each file that could not be compressed.
-
     Raises:
         FileNotFoundError: if `source` holds no video.
-        ValueError: if `destination` is inside `source`, was made with other settings, or the shard does not exist.
+        ValueError: if `destination` is inside `source`, was made with other settings, or the shard does not exist,
+            or there are no workers.
     """
     check_shard(shard, num_shards)
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; it must be at least 1.")
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{destination}: lies inside of {source}; choose another destination.")
     videos = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
     if not videos:
         raise FileNotFoundError(f"{source}: no videos here; give the folder that holds them.")
     _keep_settings(destination, settings)
-    tasks = [(path, destination / path.relative_to(source)) for path in videos[shard::num_shards]]
+    videos = videos[shard::num_shards]
+    tasks = [(path, destination / path.relative_to(source)) for path in videos]
     tasks = [(path, output) for path, output in tasks if not output.exists()]
-    return {
-        str(path): problem
-        for path, problem in progress(_in_processes(tasks, settings, workers), len(tasks))
-        if problem is not None
-    }
+    results = progress(_in_processes(tasks, settings, workers), len(tasks))
+    failed = {str(path): problem for path, problem in results if problem is not None}
+    return Compressed(len(tasks) - len(failed), len(videos) - len(tasks), failed)
 
 
 def _keep_settings(destination: Path, settings: Compression) -> None:

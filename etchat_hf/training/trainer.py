@@ -131,6 +131,8 @@ class ETChatTrainer(Trainer):
         if self._num_matched is not None:
             inputs = {**inputs, "num_matched_samples_in_batch": self._num_matched}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if not self._parts:  # the first batch since the last entry of the log, also after a resume
+            self._parts_since = self.state.global_step
         for name in LOSS_PARTS:
             if (part := outputs[name] if name in outputs else None) is not None:
                 # Like the loss itself: the mean over processes of what each one counts for.
@@ -146,7 +148,7 @@ class ETChatTrainer(Trainer):
             for name, (total, count) in self._parts.items():
                 mean = self.accelerator.gather(total).mean().item() / (count if is_eval else steps)
                 logs[f"eval_{name}" if is_eval else name] = mean
-            self._parts, self._parts_since = {}, self.state.global_step
+            self._parts = {}
         super().log(logs, start_time)
 
     # ---- Optimizer ----

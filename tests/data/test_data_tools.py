@@ -88,10 +88,12 @@ def test_same_tree_and_errors_at_the_end(tmp_path, videos):
     result = run(data_cli.compress, videos, tmp_path / "out", "--size", 32, "--workers", 2)
     assert result.exit_code == 2
     assert f"{videos}/broken.mp4: " in result.output and "1 problems" in result.output
+    assert "5 videos compressed, 0 skipped (there already), 1 failed" in result.output
     assert tree(tmp_path / "out") == [".etchat-compress.json", "a.mp4", "b/c.MKV", "b/d/e.mov", "f.avi", "g.webm"]
     (videos / "broken.mp4").unlink()
     modified = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
-    assert run(data_cli.compress, videos, tmp_path / "out", "--size", 32, "--workers", 1).exit_code == 0
+    again = run(data_cli.compress, videos, tmp_path / "out", "--size", 32, "--workers", 1)
+    assert again.exit_code == 0 and "0 videos compressed, 5 skipped (there already), 0 failed" in again.output
     assert modified == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
 
 
@@ -99,7 +101,7 @@ def test_shards_share_the_work_without_overlap(tmp_path, videos):
     parts = []
     for shard in range(3):
         out = tmp_path / f"out{shard}"
-        assert compress_tree(videos, out, Compression(size=32), shard, 3, workers=1) == {}
+        assert compress_tree(videos, out, Compression(size=32), shard, 3, workers=1).failed == {}
         parts.append(set(tree(out)) - {".etchat-compress.json"})
     assert sum(map(len, parts)) == len(set.union(*parts)) == 5
 
@@ -109,6 +111,7 @@ def test_shards_share_the_work_without_overlap(tmp_path, videos):
     [
         (["--fps", 0], "fps is 0.0"),
         (["--size", 225], "even number"),
+        (["--size", 32, "--workers", 0], "workers is 0"),
         (["--shard", 3, "--num-shards", 3], "from 0 to 2"),
         (["--size", 64], "compressed with {'fps': 3.0, 'size': 32}"),
     ],
@@ -151,7 +154,7 @@ def test_killed_compression_leaves_nothing_half_done(tmp_path):
     command.wait()
     done = {path.name: path.read_bytes() for path in out.glob("*.mp4")}
     assert 0 < len(done) < 6
-    assert compress_tree(folder, out, Compression(fps=30, size=224), workers=1) == {}
+    assert compress_tree(folder, out, Compression(fps=30, size=224), workers=1) == (6 - len(done), len(done), {})
     assert tree(out) == [".etchat-compress.json", *(f"{number}.mp4" for number in range(6))]
     for number in range(6):
         assert open_video(out / f"{number}.mp4").num_frames == 150

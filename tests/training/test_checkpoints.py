@@ -126,7 +126,8 @@ def test_a_killed_run_goes_on_bit_for_bit(start, toy_data, tmp_path):
         json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
         for folder in (tmp_path / "whole", killed)
     ]
-    assert [entry["loss"] for entry in histories[0]] == [entry["loss"] for entry in histories[1]]
+    for name in ("loss", "lm_loss", "match_loss"):
+        assert [entry[name] for entry in histories[0]] == [entry[name] for entry in histories[1]]
 
 
 def test_an_interrupted_write_leaves_no_checkpoint(start, toy_data, tmp_path, monkeypatch):

@@ -1,11 +1,15 @@
 """The smaller parts of training: fresh heads, the vision cache, evaluation, configuration files."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from trl import TrlParser
 
 from etchat_hf import ETChatForConditionalGeneration, ETChatProcessor
@@ -157,6 +161,28 @@ def test_published_hyperparameters(stage, mode, rate, lora_rate, batch):
 def test_accelerate_reads_its_configurations(path):
     config = load_config_from_file(str(path))
     assert config.num_machines == 1
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_takes_batch_accumulation_and_clipping_from_the_training_arguments(stage, monkeypatch):
+    """As far as a CPU without DeepSpeed goes: the way of `accelerate launch` from the file to DeepSpeed's settings."""
+    path = REPOSITORY / "examples" / "accelerate" / f"deepspeed_zero{stage}.yaml"
+    options = launch_command_parser().parse_args(["--config_file", str(path), "examples/train.py"])
+    options, defaults, _ = _validate_launch_command(options)
+    assert options.use_deepspeed
+    options.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    for name, value in prepare_deepspeed_cmd_env(options)[1].items():
+        monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    plugin.set_mixed_precision(os.environ["ACCELERATE_MIXED_PRECISION"])
+    settings = plugin.deepspeed_config
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert settings[name] == "auto"
+    assert settings["gradient_clipping"] == "auto" and settings["bf16"]["enabled"]
+    assert settings["zero_optimization"]["stage"] == stage
+    # Checkpoints must hold whole tensors, and models are loaded by transformers in one piece
+    assert settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
+    assert not plugin.zero3_init_flag
 
 
 def test_train_py_is_short_and_opens_with_its_command():

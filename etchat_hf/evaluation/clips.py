@@ -78,6 +78,8 @@ def read_clip(
     source, metadata = path, None
     if path.is_dir():
         source = sorted(file for file in path.iterdir() if file.suffix.lower() in FRAME_EXTENSIONS)
+        if not source:
+            raise ValueError(f"{path}: no frames ({', '.join(FRAME_EXTENSIONS)}) in this folder")
         metadata = {"fps": FRAME_FOLDER_FPS}
     if segment is not None:
         source, metadata = _cut(video_processor, path, source, metadata, segment, fps, max_frames)

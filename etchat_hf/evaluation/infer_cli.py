@@ -66,7 +66,7 @@ def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> Non
 
         from ..inference import load
         from .clips import default_threads
-        from .runner import Settings, infer, join_processes
+        from .runner import Settings, check_videos, infer, join_processes
 
         output = output or _default_output(model, benchmark.name)
         settings = Settings(
@@ -76,9 +76,11 @@ def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> Non
             seed=seed,
             fps=fps,
             max_frames=max_frames,
-            num_threads=decode_threads or default_threads(),
+            decode_threads=default_threads() if decode_threads is None else decode_threads,
         )
         rows = benchmark.read(annotations)
+        check_videos(videos)
+        output.mkdir(parents=True, exist_ok=True)  # before the model is loaded, which can take minutes
         state = join_processes(cpu=device == "cpu")
         if state.num_processes > 1 and device not in (None, "cpu"):
             raise ValueError(

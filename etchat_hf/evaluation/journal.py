@@ -67,13 +67,15 @@ def check_same_run(folder: Path, run: dict) -> None:
     """
     path = folder / RUN_FILE
     if not path.is_file():
+        if any(folder.glob("*.jsonl")):
+            raise ValueError(f"{path} is missing, so whose answers lie beside it is unknown; --restart discards them")
         return
     known = read_json(path)
     differing = [key for key in run if not isinstance(known, dict) or known.get(key) != run[key]]
     if differing:
         raise ValueError(
-            f"{folder.parent} holds answers of another run ({', '.join(differing)} differ); give another --output, "
-            "or --restart to discard them"
+            f"{folder.parent} holds answers of another run: not the same {', '.join(differing)}; give another "
+            "--output, or --restart to discard them"
         )
 
 

@@ -28,7 +28,7 @@ class Settings:
         seed: Of the sampling; each row's draws depend on it and the row's position alone.
         fps: Frames sampled per second; None as the model was trained.
         max_frames: Lowers the rate of longer videos to so many frames.
-        num_threads: Videos decoded at once.
+        decode_threads: Videos decoded at once.
     """
 
     batch_size: int = 8
@@ -37,12 +37,12 @@ class Settings:
     seed: int = 0
     fps: float | None = None
     max_frames: int | None = None
-    num_threads: int = default_threads()
+    decode_threads: int = default_threads()
 
     def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens", "num_threads", "max_frames", "fps"):
+        for name in ("batch_size", "max_new_tokens", "decode_threads", "max_frames", "fps"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must not be negative")
@@ -94,7 +94,7 @@ class Pipeline:
         """Answers groups of batches of rows, those of one video in one group; yields records for the journal."""
         keys = [self._videos_of(group) for group in groups]
         clips = read_ahead(
-            self._read, [key for part in keys for key in part], self.settings.batch_size, self.settings.num_threads
+            self._read, [key for part in keys for key in part], self.settings.batch_size, self.settings.decode_threads
         )
         for group, group_keys in zip(groups, keys, strict=True):
             found: dict[Hashable, Clip] = {}

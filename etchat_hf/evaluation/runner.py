@@ -82,11 +82,12 @@ def infer(
         NotADirectoryError: If the folder of videos is none.
     """
     settings, videos = settings or Settings(), Path(videos)
-    if not videos.is_dir():
-        raise NotADirectoryError(f"{videos}: no such folder of videos")
+    check_videos(videos)
     state = join_processes()
     folder = Path(output) / JOURNAL_FOLDER if output is not None else None
-    known = _open_run(state, folder, restart, _describe_run(model, benchmark, rows, settings)) if folder else []
+    known = (
+        _open_run(state, folder, restart, _describe_run(model, processor, benchmark, rows, settings)) if folder else []
+    )
     requests, broken = _read_requests(benchmark, rows)
     answered = set(_merge(known)[0])
     work = _plan(requests, answered, settings.batch_size, state)
@@ -104,6 +105,15 @@ def infer(
             _write(Path(output), predictions, failures)
         state.wait_for_everyone()
     return Inference(predictions, failures, len(answered), pipeline.clock.model_seconds, pipeline.clock.wall_seconds)
+
+
+def check_videos(folder: Path) -> None:
+    """
+    Raises:
+        NotADirectoryError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: no such folder of videos")
 
 
 def join_processes(cpu: bool = False) -> PartialState:
@@ -184,18 +194,32 @@ def _open_run(state: PartialState, folder: Path, restart: bool, run: dict) -> li
     return gather_object(read_journals(folder))
 
 
-def _describe_run(model, benchmark: Benchmark, rows: Sequence[dict], settings: Settings) -> dict:
-    """What answers depend on, and so must not change between the starts of a run."""
+def _describe_run(model, processor, benchmark: Benchmark, rows: Sequence[dict], settings: Settings) -> dict:
+    """What answers depend on, and so must not change between the starts of a run.
+
+    Not so the batch size, which may have to shrink to the memory there is: it changes answers by rounding at most.
+    """
     return {
         "benchmark": benchmark.name,
-        "annotations": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "annotations": _digest(rows),
         "model": fingerprint(model),
+        "configuration": _digest(_without_versions(model.config), _without_versions(model.generation_config)),
+        "processor": _digest(json.loads(processor.to_json_string()), processor.chat_template),
         "dtype": str(model.dtype),
         "max_new_tokens": settings.max_new_tokens,
         "sampling seed": settings.seed if settings.sample else None,
         "fps": settings.fps,
         "max_frames": settings.max_frames,
     }
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _without_versions(config) -> dict:
+    """A configuration's values, without those that say who wrote it where."""
+    return {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -58,6 +58,9 @@ class Request:
         segment: Restricts the video to `(start, end)`, seconds.
         answer_start: What the answer is begun with; it is part of the prompt, not of the answer.
         repetition_penalty: Divides the scores of words that have occurred; 1 for none.
+
+    Raises:
+        ValueError: If the question is no Unicode text, such as half of a surrogate pair, which JSON can hold.
     """
 
     videos: tuple[str, ...]
@@ -67,6 +70,12 @@ class Request:
     segment: tuple[float, float] | None = None
     answer_start: str = ""
     repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        try:
+            self.question.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the question is no Unicode text at character {error.start}: {error.reason}") from error
 
 
 @dataclass(frozen=True)

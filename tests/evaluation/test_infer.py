@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from etchat_hf import ETChatForConditionalGeneration
 from etchat_hf.chat_templates import load_chat_template
+from etchat_hf.cli import main
 from etchat_hf.evaluation import evaluate_charades, evaluate_mvbench, pipeline
 from etchat_hf.evaluation.answering import build_inputs, write_prompt
 from etchat_hf.evaluation.cli import app as evaluate_app
@@ -25,7 +26,7 @@ from etchat_hf.evaluation.clips import read_clip
 from etchat_hf.evaluation.infer_cli import app
 from etchat_hf.evaluation.runner import Settings, infer
 from etchat_hf.evaluation.tasks import CHARADES, ETBENCH, MVBENCH
-from etchat_hf.inference import ask
+from etchat_hf.inference import ask, load
 from etchat_hf.toy.tiny_model import build_model, build_processor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -211,7 +212,7 @@ def test_answer_start_follows_a_space_where_the_prompt_ends_in_none(tiny, world,
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_answers_do_not_depend_on_the_batch_size(tiny, world, alone, batch_size):
     folder, rows = world
-    settings = Settings(batch_size=batch_size, max_new_tokens=16, num_threads=1)
+    settings = Settings(batch_size=batch_size, max_new_tokens=16, decode_threads=1)
     other = infer(*tiny, ETBENCH, rows, folder / "videos", settings, show_progress=False)
     assert (other.predictions, other.failures) == (alone.predictions, alone.failures)
 
@@ -451,9 +452,49 @@ def test_command_line_defaults_resumes_retries_and_scores(world, tmp_path):
     assert journal_rows(model / "etbench") == [0, 1, 2, 3, 3]
 
     result = CliRunner().invoke(app, [*arguments, "--sample"])
-    assert isinstance(result.exception, ValueError) and "sampling seed differ" in str(result.exception)
+    assert isinstance(result.exception, ValueError) and "not the same sampling seed" in str(result.exception)
     result = CliRunner().invoke(app, [*arguments, "--sample", "--restart"])
     assert result.exit_code == 0 and journal_rows(model / "etbench") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"--annotations": "{tmp}/none.json"}, "none.json: No such file or directory"),
+        ({"--annotations": "{tmp}"}, "Is a directory"),
+        ({"--annotations": "{tmp}/empty.json"}, "empty.json: the array is empty"),
+        ({"--annotations": "{tmp}/dict.json"}, "dict.json: expected a JSON array of rows, got dict"),
+        ({"--annotations": "{tmp}/list.json"}, "list.json row 0: expected a JSON object, got 3"),
+        ({"--annotations": "{tmp}/torn.json"}, "torn.json: not a JSON file"),
+        ({"--videos": "{tmp}/none"}, "none: no such folder of videos"),
+        ({"--videos": "{tmp}/torn.json"}, "torn.json: no such folder of videos"),
+        ({"--model": "{tmp}/none"}, "none does not exist, and is not a Hub id"),
+        ({"--model": "{tmp}"}, "holds no config.json"),
+        ({"--output": "{tmp}/torn.json"}, "torn.json: File exists"),
+        ({"--output": "{tmp}/torn.json/deep"}, "torn.json/deep: Not a directory"),
+        ({"--batch-size": "0"}, "batch_size is 0; it must be positive"),
+        ({"--max-new-tokens": "-1"}, "max_new_tokens is -1; it must be positive"),
+        ({"--fps": "0"}, "fps is 0.0; it must be positive"),
+        ({"--fps": "nan"}, "fps is nan; it must be positive"),
+        ({"--decode-threads": "0"}, "decode_threads is 0; it must be positive"),
+        ({"--seed": "-1"}, "seed is -1; it must not be negative"),
+        ({"--dtype": "int3"}, "'int3'"),
+        ({"--device": "abacus"}, "abacus"),
+    ],
+)
+def test_bad_arguments_are_named_in_one_line(world, tmp_path, capsys, changed, message):
+    folder, _ = world
+    for name, content in (("empty", "[]"), ("dict", "{}"), ("list", "[3]"), ("torn", "[")):
+        (tmp_path / f"{name}.json").write_text(content)
+    options = {"--annotations": folder / "rows.json", "--videos": folder / "videos", "--model": folder / "model"}
+    options |= {"--output": tmp_path / "out"} | {key: value.format(tmp=tmp_path) for key, value in changed.items()}
+    with pytest.raises(SystemExit) as stop:
+        main(["infer", "etbench", *(str(part) for option in options.items() for part in option)])
+    captured = capsys.readouterr()
+    last = captured.err.splitlines()[-1]
+    assert stop.value.code == 2 and captured.out == "" and "Traceback" not in captured.err
+    assert last.startswith("etchat: error: ") and message in last
+    assert not (tmp_path / "out" / "predictions.json").exists()
 
 
 def test_what_is_answered_is_not_asked_again(tiny, world, tmp_path, monkeypatch):
@@ -483,7 +524,30 @@ def test_answers_of_another_model_are_not_taken_over(tiny, world, tmp_path):
     bias = model.vid_head[1].bias
     with torch.no_grad():
         bias += 1.0
-    with pytest.raises(ValueError, match="model differ"):
+    with pytest.raises(ValueError, match="not the same model"):
         infer(model, processor, ETBENCH, rows[:1], folder / "videos", settings, tmp_path, show_progress=False)
     with torch.no_grad():
         bias -= 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model, processor: setattr(processor.video_processor, "fps", 2.0), "not the same processor"),
+        (lambda model, processor: setattr(processor, "chat_template", "{{ messages }}"), "not the same processor"),
+        (lambda model, processor: setattr(model.generation_config, "suppress_tokens", [5]), "same configuration"),
+    ],
+)
+def test_answers_of_other_settings_are_not_taken_over(world, tmp_path, change, message):
+    folder, rows = world
+    model, processor = load(folder / "model")
+    settings = Settings(max_new_tokens=2)
+    infer(model, processor, ETBENCH, rows[:1], folder / "videos", settings, tmp_path, show_progress=False)
+    model, processor = load(folder / "model")
+    result = infer(model, processor, ETBENCH, rows[:1], folder / "videos", settings, tmp_path, show_progress=False)
+    assert result.num_known == 1
+    change(model, processor)
+    with pytest.raises(ValueError, match=message):
+        infer(model, processor, ETBENCH, rows[:1], folder / "videos", settings, tmp_path, show_progress=False)
+    with pytest.raises(ValueError, match="not the same annotations"):
+        infer(model, processor, ETBENCH, rows[:2], folder / "videos", settings, tmp_path, show_progress=False)

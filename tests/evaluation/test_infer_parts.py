@@ -44,6 +44,7 @@ def test_etbench_text_edition_keeps_src_beside_its_spelled_out_times():
         ({"video": 3}, "'video'"),
         ({"src": ["x"], "q": "<vid>"}, "'src'"),
         ({"task": []}, "'task'"),
+        ({"q": "half \ud800"}, "no Unicode text at character 5"),
     ],
 )
 def test_broken_rows_are_named(broken, message):
@@ -187,9 +188,13 @@ def test_journal_survives_a_torn_line(tmp_path):
 
 
 def test_answers_of_another_run_are_refused(tmp_path):
+    check_same_run(tmp_path, {"model": "a", "seed": None})
+    Journal(tmp_path).append([{"row": 0, "text": "", "timestamps": []}])
+    with pytest.raises(ValueError, match="run.json is missing"):
+        check_same_run(tmp_path, {"model": "a", "seed": None})
     write_run(tmp_path, {"model": "a", "seed": None})
     check_same_run(tmp_path, {"model": "a", "seed": None})
-    with pytest.raises(ValueError, match="model differ"):
+    with pytest.raises(ValueError, match="not the same model"):
         check_same_run(tmp_path, {"model": "b", "seed": None})
 
 

@@ -18,10 +18,10 @@ import av
 import numpy as np
 import torch
 
-from etchat_hf import ETChatForConditionalGeneration
+from etchat_hf import ClipEncoder, ETChatForConditionalGeneration
 from etchat_hf.chat_templates import load_chat_template
 from etchat_hf.evaluation import pipeline, runner
-from etchat_hf.evaluation.clips import read_clip
+from etchat_hf.evaluation.clips import sample_video
 from etchat_hf.evaluation.tasks import ETBENCH
 from etchat_hf.toy.tiny_model import build_model, build_processor
 
@@ -73,7 +73,8 @@ def main() -> None:
         for k, row in enumerate(rows):
             write_video(folder / row["video"], k)
         start = time.perf_counter()
-        clips = {folder / row["video"]: read_clip(processor.video_processor, folder / row["video"]) for row in rows}
+        paths, encoder = [folder / row["video"] for row in rows], ClipEncoder(model, processor)
+        clips = {path: encoder.decode(sample_video(processor.video_processor, path)) for path in paths}
         decoding = time.perf_counter() - start
 
         def run() -> runner.Inference:
@@ -81,7 +82,10 @@ def main() -> None:
 
         alone, whole = [], []
         for _ in range(options.repeats):
-            with mock.patch.object(pipeline, "read_clip", lambda _, path, *rest: clips[path]):
+            with (
+                mock.patch.object(pipeline, "sample_video", lambda _, path, *rest: path),
+                mock.patch.object(ClipEncoder, "decode", lambda _, path: clips[path]),
+            ):
                 alone.append(run().model_seconds)
             result = run()
             assert not result.failures, result.failures

@@ -11,6 +11,7 @@ from importlib.machinery import PathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .clip_encoder import ClipEncoder
     from .configuration_etchat import ETChatConfig
     from .generation_etchat import ETChatGenerateOutput, VidMatch
     from .modeling_etchat import ETChatForConditionalGeneration, ETChatModel
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClipEncoder",
     "ETChatConfig",
     "ETChatForConditionalGeneration",
     "ETChatGenerateOutput",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ClipEncoder": "clip_encoder",
     "ETChatConfig": "configuration_etchat",
     "ETChatForConditionalGeneration": "modeling_etchat",
     "ETChatGenerateOutput": "generation_etchat",

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,8 +43,9 @@ def _is_number(text: str) -> bool:
 @app.command(cls=ManyTimes)
 def ask(
     video: Annotated[str, typer.Argument(help="Video or image: a file or a URL.")],
-    question: Annotated[
-        str | None, typer.Argument(help="What to ask; write <vid> where a time of --src belongs.")
+    questions: Annotated[
+        list[str] | None,
+        typer.Argument(help="What to ask, each by itself; write <vid> where a time of --src belongs."),
     ] = None,
     *,
     model: Annotated[
@@ -58,53 +60,75 @@ def ask(
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda:0; default: a GPU where there is one.")
     ] = None,
-    src: Annotated[list[float] | None, typer.Option(help="Seconds of each <vid> of the question, in order.")] = None,
+    src: Annotated[list[float] | None, typer.Option(help="Seconds of each <vid> of the questions, in order.")] = None,
     window: Annotated[float | None, typer.Option(help="Ask of windows of so many seconds, in one batch.")] = None,
     overlap: Annotated[float, typer.Option(help="Seconds that neighbouring windows share.")] = 0.0,
     interactive: Annotated[
         bool,
         typer.Option(
-            "--interactive", help="Go on with further questions of one conversation, a line each, from standard input."
+            "--interactive",
+            help="One conversation: the questions, then further ones from standard input, a line each.",
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps encoded videos for later questions and `etchat infer`.")
+    ] = None,
+    cache_gib: Annotated[float, typer.Option(help="Size at which that folder takes no more.")] = 50.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer, each on one line.")] = False,
 ) -> None:
-    """Ask one question about one video; times in the answer are seconds since its first frame."""
-    _check_ask(question, src, max_frames, window, overlap, interactive)
-    from etchat_hf.inference import Chat, ask_windows, load
+    """Ask questions about one video; times in the answers are seconds since its first frame."""
+    questions = list(filter(None, questions or []))
+    _check_ask(questions, src, max_frames, window, overlap, interactive)
+    from etchat_hf.clip_encoder import ClipEncoder
+    from etchat_hf.inference import Chat, ask_each, ask_windows, frame_budget, load
     from etchat_hf.toy import bundled_checkpoint
 
     if model is None:
         typer.echo("No --model: the bundled toy answers, which knows coloured shapes and nothing else.", err=True)
     network, processor = load(model or bundled_checkpoint(), dtype=dtype, device=device)
+    encoder = ClipEncoder(network, processor, cache, cache_gib)
+    if max_frames is None:  # windows are prompts of their own: together they may have more frames than fit one
+        max_frames = frame_budget(network, processor) if window is None else sys.maxsize
+    clip = encoder.encode(video, fps=fps, max_frames=max_frames)
     if window is not None:
-        answer = ask_windows(network, processor, video, question, window, overlap, fps, max_new_tokens)
-        _print_answer(answer, as_json)
+        for question in questions:
+            answer = ask_windows(network, processor, clip, question, window, overlap, fps, max_new_tokens)
+            _print_answer(question, answer, as_json)
         return
-    chat = Chat(network, processor, video, fps=fps, max_frames=max_frames)
-    if question:
-        _print_answer(chat.ask(question, src, max_new_tokens), as_json)
-    for line in filter(None, map(str.strip, sys.stdin if interactive else ())):
+    if not interactive:
+        answers = ask_each(network, processor, clip, questions, src, fps, max_new_tokens=max_new_tokens)
+        for question, answer in zip(questions, answers, strict=True):
+            _print_answer(question, answer, as_json)
+        return
+    _converse(Chat(network, processor, clip, fps=fps), questions, src, max_new_tokens, as_json)
+
+
+def _converse(chat, questions: list[str], src: list[float] | None, max_new_tokens: int, as_json: bool) -> None:
+    from etchat_hf.inference import share_times
+
+    for question, mine in zip(questions, share_times(questions, src), strict=True):
+        _print_answer(question, chat.ask(question, mine, max_new_tokens), as_json)
+    for line in filter(None, map(str.strip, sys.stdin)):
         try:
-            _print_answer(chat.ask(line, max_new_tokens=max_new_tokens), as_json)
+            _print_answer(line, chat.ask(line, max_new_tokens=max_new_tokens), as_json)
         except ValueError as error:  # the conversation is as it was: the next question can be asked
             typer.echo(f"etchat: error: {error}", err=True)
 
 
-def _check_ask(question, src, max_frames, window, overlap, interactive: bool) -> None:
-    if not question and not interactive:
+def _check_ask(questions, src, max_frames, window, overlap, interactive: bool) -> None:
+    if not questions and not interactive:
         raise ValueError("give a QUESTION, or --interactive.")
     if window is None and overlap:
         raise ValueError(f"--overlap {overlap:g} is what windows share; give --window too.")
     if window is not None and (interactive or src or max_frames):
         raise ValueError(
-            "--window asks one question without times, at one rate: leave --interactive, --src, --max-frames."
+            "--window asks questions without times, at one rate: leave --interactive, --src, --max-frames."
         )
 
 
-def _print_answer(answer: dict, as_json: bool) -> None:
+def _print_answer(question: str, answer: dict, as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(answer, ensure_ascii=False))
+        typer.echo(json.dumps({"question": question, **answer}, ensure_ascii=False))
         return
     typer.echo(answer["answer"])
     for seconds, confidence in zip(answer["timestamps"], answer["confidences"], strict=True):

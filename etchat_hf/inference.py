@@ -1,7 +1,9 @@
 """One video, one question, one answer with seconds: what `etchat ask` does, for Python."""
 
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from transformers import AutoConfig
 from transformers.utils import logging
 
 from .modeling_etchat import ETChatForConditionalGeneration
-from .processing_etchat import EncodedClip, ETChatProcessor
+from .processing_etchat import VID_TOKEN, EncodedClip, ETChatProcessor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHOWN_KEYS = 3
@@ -114,7 +116,8 @@ def ask(
     Asks one question about one clip, greedily and so reproducibly.
 
     Args:
-        video: a clip, such as the path of a video; or an [`EncodedClip`], to ask several questions about it.
+        video: a clip, such as the path of a video; or an [`EncodedClip`], to ask several questions about it;
+            [`ClipEncoder`] also keeps these on disk.
         question (`str`): the question, with `<vid>` where a time of `src` belongs.
         src (`list` of `float`, *optional*): seconds of each `<vid>` of the question, in order.
         fps (`float`, *optional*): frames sampled per second; default: as the model was trained.
@@ -132,6 +135,47 @@ def ask(
         FileNotFoundError, ValueError: if the video cannot be read, or question, times and model do not go together.
     """
     return Chat(model, processor, video, fps=fps, max_frames=max_frames).ask(question, src, max_new_tokens)
+
+
+def ask_each(
+    model: ETChatForConditionalGeneration,
+    processor: ETChatProcessor,
+    video,
+    questions: Sequence[str],
+    src: list[float] | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+    max_new_tokens: int = 2048,
+) -> Iterator[dict]:
+    """
+    Asks questions about one clip, which is encoded once; none knows of the others.
+
+    Args:
+        questions (`list` of `str`): the questions.
+        src (`list` of `float`, *optional*): seconds of each `<vid>` of all questions, in order.
+        others: see [`ask`].
+
+    Yields:
+        `dict`: of each question in turn what [`ask`] returns.
+
+    Raises:
+        FileNotFoundError, ValueError: as [`ask`].
+    """
+    times = share_times(questions, src)
+    clip = Chat(model, processor, video, fps, max_frames).clip
+    for question, mine in zip(questions, times, strict=True):
+        yield Chat(model, processor, clip, fps).ask(question, mine, max_new_tokens)
+
+
+def share_times(questions: Sequence[str], src: list[float] | None) -> list[list[float]]:
+    """The times of each question: as many as it holds `<vid>`; ValueError unless that uses up `src`."""
+    counts, times = [question.count(VID_TOKEN) for question in questions], list(src or [])
+    if sum(counts) != len(times):
+        raise ValueError(
+            f"The questions hold {sum(counts)} {VID_TOKEN}, but src gives {len(times)} times; give one each."
+        )
+    rest = iter(times)
+    return [list(islice(rest, count)) for count in counts]
 
 
 def ask_windows(
@@ -218,8 +262,7 @@ class Chat:
     def __init__(self, model, processor, video, fps=None, max_frames=None, reinsert_clip: bool = True):
         self.model, self.processor, self.reinsert_clip = model, processor, reinsert_clip
         if max_frames is None:
-            room = frames_that_fit(model.config.text_config.max_position_embeddings)
-            max_frames = min(room, processor.video_processor.max_frames or room)
+            max_frames = frame_budget(model, processor)
         self.clip = _encoded(model, processor, video, fps, max_frames)
         self.fps = fps
         self.messages, self.times = [], []
@@ -248,6 +291,12 @@ class Chat:
 def frames_that_fit(context: int) -> int:
     """How many frames a question may be about, for a language model that reads `context` tokens."""
     return context - min(TEXT_ROOM, context // 2)
+
+
+def frame_budget(model, processor) -> int:
+    """How many frames a clip has at most by default: what the processor says, and what fits the model's context."""
+    room = frames_that_fit(model.config.text_config.max_position_embeddings)
+    return min(room, processor.video_processor.max_frames or room)
 
 
 def _encoded(model, processor, video, fps: float | None, max_frames: int | None) -> EncodedClip:

@@ -13,11 +13,13 @@ from transformers import AddedToken, BatchFeature, ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .generation_etchat import ETChatGenerateOutput
-from .video_processing_etchat import ETChatVideoProcessor
+from .video_processing_etchat import ETChatVideoProcessor, SampledClip
 
 VID_TOKEN = "<vid>"
 IMAGE_TOKEN = "<image>"
 CLIP_TYPES = ("video", "image")
+# Frames whose pixels are in memory while a clip is encoded.
+ENCODED_AT_ONCE = 64
 CLIP_KEYS = ("video", "image", "path", "url")
 VIDEO_KWARGS = ("fps", "num_frames", "max_frames", "do_sample_frames", "video_metadata")
 TOKENIZER_KWARGS = (
@@ -50,6 +52,16 @@ class EncodedClip:
     frame_times: list[float]
     frame_indices: list[int]
     metadata: dict
+
+    @property
+    def duration(self) -> float:
+        """Seconds of the source; 0 for an image."""
+        return self.metadata["duration"]
+
+    @classmethod
+    def of(cls, clip: SampledClip, vision_features: torch.FloatTensor) -> "EncodedClip":
+        """What became of a sampled clip."""
+        return cls(vision_features, clip.frame_times, clip.frame_indices.tolist(), clip.metadata)
 
     def window(self, start: float, end: float) -> "EncodedClip":
         """The frames from `start` up to `end` (seconds), as a clip of its own that begins at 0."""
@@ -199,20 +211,23 @@ class ETChatProcessor(ProcessorMixin):
 
     def encode(self, clip, model, **video_kwargs) -> EncodedClip:
         """
-        Reads a clip and passes it through the model's vision encoder, once for any number of questions.
+        Reads a clip and passes it through the model's vision encoder, once for any number of questions; pixels are in
+        memory a few frames at a time.
 
         Args:
-            clip: see [`ETChatVideoProcessor`].
+            clip: see [`ETChatVideoProcessor`]; or what its `sample` returned.
             model ([`ETChatForConditionalGeneration`]): whose encoder and device are used.
             video_kwargs: `fps`, `num_frames`, `max_frames`, `video_metadata`.
         """
-        frames = self.video_processor([clip], **video_kwargs)
-        return EncodedClip(
-            vision_features=model.get_vision_features(frames["pixel_values"].to(model.device)),
-            frame_times=frames["frame_times"][0],
-            frame_indices=frames["frame_indices"][0],
-            metadata=frames["video_metadata"][0],
-        )
+        sampled = clip if isinstance(clip, SampledClip) else self.video_processor.sample(clip, **video_kwargs)
+        features, done = None, 0
+        for pixels in self.video_processor.iter_pixels(sampled, ENCODED_AT_ONCE):
+            part = model.get_vision_features(pixels.to(model.device))
+            if features is None:
+                features = part.new_empty(len(sampled.frame_times), *part.shape[1:])
+            features[done : done + len(part)] = part
+            done += len(part)
+        return EncodedClip.of(sampled, features)
 
     @staticmethod
     def _arrange_questions(qformer_text, counts: list[int], single: bool) -> list[str]:

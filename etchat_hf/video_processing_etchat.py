@@ -76,6 +76,11 @@ class SampledClip:
     frame_times: list[float]
     metadata: dict[str, Any]
 
+    @property
+    def duration(self) -> float:
+        """Seconds of the source; 0 for an image."""
+        return self.metadata["duration"]
+
 
 class ETChatVideoProcessorKwargs(TypedDict, total=False):
     """The constructor's arguments, all of which `from_pretrained` can override."""

@@ -129,3 +129,32 @@ def test_convert_is_the_script(capsys, golden, tmp_path):
     for file in sorted((tmp_path / "cli").rglob("*")):
         if file.is_file():
             assert file.read_bytes() == (tmp_path / "script" / file.relative_to(tmp_path / "cli")).read_bytes(), file
+
+
+def test_ask_several_questions_of_a_clip_encoded_once(capsys, converted, eager_vid, clip, tmp_path):
+    options = ("--model", eager_vid, "--max-new-tokens", 2, "--json")
+    code, out, err = run(capsys, "ask", clip, "When?", "And after <vid>?", *options, "--src", "3")
+    assert code == 0, err
+    first, second = map(json.loads, out.splitlines())
+    assert (first["question"], second["question"]) == ("When?", "And after <vid>?")
+    alone = [
+        run(capsys, "ask", clip, "When?", *options),
+        run(capsys, "ask", clip, "And after <vid>?", *options, "--src", "3"),
+    ]
+    assert [json.loads(out) for _, out, _ in alone] == [first, second]
+    code, out, _ = run(capsys, "ask", clip, "When?", "Where?", *options, "--window", 6)
+    assert code == 0 and [len(json.loads(line)["windows"]) for line in out.splitlines()] == [2, 2]
+    code, out, err = run(capsys, "ask", clip, "When?", "And after <vid>?", *options, "--src", "3", "--src", "4")
+    assert (code, out) == (2, "") and "hold 1 <vid>, but src gives 2 times" in err
+
+
+def test_ask_and_infer_share_a_cache(capsys, eager_vid, clip, tmp_path, monkeypatch):
+    options = ("--model", eager_vid, "--max-new-tokens", 2, "--cache", tmp_path / "cache")
+    code, expected, err = run(capsys, "ask", clip, "When?", *options)
+    assert code == 0 and len(list((tmp_path / "cache").glob("*.safetensors"))) == 1, err
+    monkeypatch.setattr("etchat_hf.video_decoding_etchat.PyAVReader.read", None)  # nothing is decoded again
+    assert run(capsys, "ask", clip, "When?", *options)[:2] == (0, expected)
+    (tmp_path / "rows.json").write_text(json.dumps([{"task": "tvg", "video": clip.name, "q": "When?"}]))
+    places = ("--annotations", tmp_path / "rows.json", "--videos", clip.parent, "--output", tmp_path / "out")
+    code, _, err = run(capsys, "infer", "etbench", *places, *options)
+    assert code == 0 and "1 of 1 rows answered" in err

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from ..modeling_etchat import ETChatForConditionalGeneration
-from ..processing_etchat import IMAGE_TOKEN, VID_TOKEN, ETChatProcessor
-from .clips import Clip
+from ..processing_etchat import IMAGE_TOKEN, VID_TOKEN, EncodedClip, ETChatProcessor
+from ..video_processing_etchat import SampledClip
 from .decoding import RowBudgets, RowRepetitionPenalty, RowSampler
 from .tasks import Answer, Request
 
@@ -42,7 +42,7 @@ def write_prompt(
     processor: ETChatProcessor,
     config,
     request: Request,
-    clip: Clip,
+    clip: SampledClip | EncodedClip,
     max_new_tokens: int,
     seed: tuple[int, ...] | None = None,
 ) -> Prompt:
@@ -87,7 +87,7 @@ def write_prompt(
     )
 
 
-def _check_times(request: Request, clip: Clip, use_matching: bool) -> None:
+def _check_times(request: Request, clip: SampledClip | EncodedClip, use_matching: bool) -> None:
     if (count := request.question.count(VID_TOKEN)) != len(request.src):
         raise ValueError(f"the question holds {count} {VID_TOKEN}, but there are {len(request.src)} times for them")
     if request.src and not use_matching:

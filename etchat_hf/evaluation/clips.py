@@ -1,37 +1,23 @@
-"""Videos on their way to the model: found, decoded and normalised ahead of time by a few threads."""
+"""Videos on their way to the model: found, sampled, and decoded ahead of time by a few threads."""
 
 import os
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
-import torch
 
-from ..video_decoding_etchat import sample_frame_indices
-from ..video_processing_etchat import ETChatVideoProcessor, open_clip
+from ..clip_encoder import DecodedClip
+from ..processing_etchat import EncodedClip
+from ..video_decoding_etchat import rate_and_duration, sample_frame_indices
+from ..video_processing_etchat import ETChatVideoProcessor, SampledClip
 
 # MVBench ships the frames of some videos as images in a folder, so many per second.
 FRAME_FOLDER_FPS = 3.0
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One video as the model sees it.
-
-    Attributes:
-        frames: Normalised frames (T, 3, size, size); once encoded, their vision features (T, patches, C).
-        frame_times: Seconds of each frame since the first.
-        duration: Seconds of the source.
-    """
-
-    frames: torch.Tensor
-    frame_times: list[float]
-    duration: float
 
 
 def find_video(folder: Path, names: Sequence[str]) -> Path:
@@ -55,22 +41,20 @@ def find_video(folder: Path, names: Sequence[str]) -> Path:
     raise FileNotFoundError(f"no {' or '.join(names)} in {folder}")
 
 
-def read_clip(
+def sample_video(
     video_processor: ETChatVideoProcessor,
     path: Path,
     segment: tuple[float, float] | None = None,
     fps: float | None = None,
     max_frames: int | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Clip:
-    """Reads a video.
+) -> SampledClip:
+    """Opens a video and chooses its frames.
 
     Args:
-        video_processor: Samples and normalises the frames.
+        video_processor: Samples the frames.
         path: A video or image file, or a folder of numbered frames at 3 per second.
         segment: Restricts it to `(start, end)`, seconds; times then count from its first frame.
         fps, max_frames: Replace the video processor's.
-        dtype: Of the pixels.
 
     Raises:
         OSError, ValueError: If it cannot be read, or has no frame in the segment.
@@ -81,17 +65,15 @@ def read_clip(
         if not source:
             raise ValueError(f"{path}: no frames ({', '.join(FRAME_EXTENSIONS)}) in this folder")
         metadata = {"fps": FRAME_FOLDER_FPS}
-    if segment is not None:
-        source, metadata = _cut(video_processor, path, source, metadata, segment, fps, max_frames)
-    frames = video_processor([source], video_metadata=[metadata], fps=fps, max_frames=max_frames)
-    (times,), (described,) = frames["frame_times"], frames["video_metadata"]
-    return Clip(frames["pixel_values"].to(dtype), times, described["duration"])
+    if segment is None:
+        return video_processor.sample(source, fps, max_frames=max_frames, video_metadata=metadata)
+    whole = video_processor.sample(source, video_metadata=metadata, do_sample_frames=False)
+    return _cut(whole, video_processor, path, segment, fps, max_frames)
 
 
-def _cut(video_processor, path, source, metadata, segment, fps, max_frames) -> tuple[list[np.ndarray], dict]:
-    """Samples the frames of a segment as those of a video of its own: pictures, and their times as metadata."""
-    reader = open_clip(source, metadata, video_processor.decoder)
-    start, end = segment
+def _cut(whole: SampledClip, video_processor, path, segment, fps, max_frames) -> SampledClip:
+    """Samples the frames of a segment as those of a video of its own."""
+    reader, (start, end) = whole.reader, segment
     inside = np.flatnonzero((reader.times >= start) & (reader.times <= end))
     if not len(inside):
         raise ValueError(f"{path}: no frame between {start} and {end} s; the video lasts {reader.duration:.2f} s")
@@ -100,11 +82,17 @@ def _cut(video_processor, path, source, metadata, segment, fps, max_frames) -> t
     budget = video_processor.max_frames if max_frames is None else max_frames
     rate = video_processor.fps if fps is None else fps
     chosen = np.unique(sample_frame_indices(len(inside), reader.average_fps, rate, wanted, budget, times))
-    return list(reader.read(inside[chosen])), {"frame_times": times[chosen].tolist()}
+    duration = rate_and_duration(times[chosen], None)[1] if len(chosen) > 1 else 0.0
+    return replace(
+        whole,
+        frame_indices=inside[chosen],
+        frame_times=times[chosen].tolist(),
+        metadata=whole.metadata | {"duration": duration},
+    )
 
 
 def read_ahead(
-    read: Callable[[Hashable], Clip], keys: Sequence[Hashable], ahead: int, num_threads: int
+    read: Callable[[Hashable], EncodedClip | DecodedClip], keys: Sequence[Hashable], ahead: int, num_threads: int
 ) -> Iterator[Future]:
     """Reads clips in order, in threads, while the caller is busy with earlier ones.
 

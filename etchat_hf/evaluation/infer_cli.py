@@ -60,10 +60,15 @@ def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> Non
         device: Annotated[
             str | None, typer.Option(help="Such as cpu or cuda:0; default: one GPU per process.")
         ] = None,
+        cache: Annotated[
+            Path | None, typer.Option(help="Folder that keeps encoded videos for later runs and `etchat ask`.")
+        ] = None,
+        cache_gib: Annotated[float, typer.Option(help="Size at which that folder takes no more.")] = 50.0,
         restart: Annotated[bool, typer.Option("--restart", help="Discard the answers that are there.")] = False,
     ) -> None:
         from transformers.utils import logging
 
+        from ..clip_encoder import ClipEncoder
         from ..inference import load
         from .clips import default_threads
         from .runner import Settings, check_videos, infer, join_processes
@@ -89,7 +94,8 @@ def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> Non
         if not state.is_main_process:
             logging.disable_progress_bar()
         network, processor = load(model, dtype=dtype, device=device or str(state.device))
-        result = infer(network, processor, benchmark, rows, videos, settings, output, restart)
+        encoder = ClipEncoder(network, processor, cache, cache_gib)
+        result = infer(network, processor, benchmark, rows, videos, settings, output, restart, encoder=encoder)
         if state.is_main_process:
             _report(output, result, len(rows))
         state.destroy_process_group()

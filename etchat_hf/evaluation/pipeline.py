@@ -3,16 +3,17 @@
 import sys
 import time
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from ..clip_encoder import ClipEncoder, DecodedClip
 from ..modeling_etchat import ETChatForConditionalGeneration
-from ..processing_etchat import ETChatProcessor
+from ..processing_etchat import EncodedClip, ETChatProcessor
 from .answering import Prompt, answer_batch, write_prompt
-from .clips import Clip, default_threads, find_video, read_ahead, read_clip
+from .clips import default_threads, find_video, read_ahead, sample_video
 from .plan import Batch, Group
 from .tasks import Request
 
@@ -70,7 +71,7 @@ class Pipeline:
     """Answers groups of batches with a model that waits for nothing but its own work.
 
     Args:
-        model, processor, settings: See `runner.infer`.
+        model, processor, encoder, settings: See `runner.infer`.
         requests: What each row asks, by its position.
         videos: Folder of the videos.
     """
@@ -79,12 +80,14 @@ class Pipeline:
         self,
         model: ETChatForConditionalGeneration,
         processor: ETChatProcessor,
+        encoder: ClipEncoder,
         requests: dict[int, Request],
         videos: Path,
         settings: Settings,
     ):
         self.model = model
         self.processor = processor
+        self.encoder = encoder
         self.requests = requests
         self.videos = videos
         self.settings = settings
@@ -97,7 +100,7 @@ class Pipeline:
             self._read, [key for part in keys for key in part], self.settings.batch_size, self.settings.decode_threads
         )
         for group, group_keys in zip(groups, keys, strict=True):
-            found: dict[Hashable, Clip] = {}
+            found: dict[Hashable, EncodedClip] = {}
             errors: dict[Hashable, str] = {}
             for key in group_keys:
                 try:
@@ -106,8 +109,7 @@ class Pipeline:
                     errors[key] = reason_of(error)
                     continue
                 with self.clock:
-                    features = self.model.get_vision_features(clip.frames.to(self.model.device))
-                found[key] = replace(clip, frames=features)
+                    found[key] = self.encoder.encode(clip)
             for batch in group:
                 yield from self._answer_batch(batch, found, errors)
         self.clock.stop()
@@ -115,19 +117,16 @@ class Pipeline:
     def _videos_of(self, group: Group) -> list[Hashable]:
         return list(dict.fromkeys(video_of(self.requests[row]) for batch in group for row in batch))
 
-    def _read(self, key: Hashable) -> Clip:
+    def _read(self, key: Hashable) -> EncodedClip | DecodedClip:
         names, segment = key
-        return read_clip(
-            self.processor.video_processor,
-            find_video(self.videos, names),
-            segment,
-            self.settings.fps,
-            self.settings.max_frames,
-            self.model.dtype,
+        path = find_video(self.videos, names)
+        settings = self.settings
+        return self.encoder.decode(
+            sample_video(self.processor.video_processor, path, segment, settings.fps, settings.max_frames)
         )
 
     def _answer_batch(
-        self, batch: Batch, found: dict[Hashable, Clip], errors: dict[Hashable, str]
+        self, batch: Batch, found: dict[Hashable, EncodedClip], errors: dict[Hashable, str]
     ) -> Iterator[list[dict]]:
         prompts: dict[int, Prompt] = {}
         failed = []
@@ -147,13 +146,13 @@ class Pipeline:
                 records = self._generate(prompts, found)
             yield records
 
-    def _write_prompt(self, row: int, clip: Clip) -> Prompt:
+    def _write_prompt(self, row: int, clip: EncodedClip) -> Prompt:
         seed = (self.settings.seed, row) if self.settings.sample else None
         return write_prompt(
             self.processor, self.model.config, self.requests[row], clip, self.settings.max_new_tokens, seed
         )
 
-    def _generate(self, prompts: dict[int, Prompt], found: dict[Hashable, Clip]) -> list[dict]:
+    def _generate(self, prompts: dict[int, Prompt], found: dict[Hashable, EncodedClip]) -> list[dict]:
         keys = list(dict.fromkeys(video_of(self.requests[row]) for row in prompts))
         try:
             answers = answer_batch(
@@ -162,7 +161,7 @@ class Pipeline:
                 list(prompts.values()),
                 [keys.index(video_of(self.requests[row])) for row in prompts],
                 [found[key].frame_times for key in keys],
-                torch.cat([found[key].frames for key in keys]),
+                torch.cat([found[key].vision_features for key in keys]),
             )
         except torch.OutOfMemoryError as error:
             if len(prompts) == 1:

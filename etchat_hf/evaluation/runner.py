@@ -17,6 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 
+from ..clip_encoder import ClipEncoder, fingerprint
 from ..modeling_etchat import ETChatForConditionalGeneration
 from ..processing_etchat import ETChatProcessor
 from .journal import Journal, check_same_run, discard, read_journals, write_run
@@ -26,7 +27,6 @@ from .predictions import FAILURES_FILE, PREDICTIONS_FILE, write_atomic
 from .tasks import NO_ANSWER, Answer, Benchmark, Request
 
 JOURNAL_FOLDER = "progress"
-FINGERPRINT_SAMPLES = 64
 # Processes wait for the slowest one, whose share may take hours longer than a collective operation should.
 PATIENCE = timedelta(days=30)
 
@@ -59,6 +59,7 @@ def infer(
     output: str | Path | None = None,
     restart: bool = False,
     show_progress: bool = True,
+    encoder: ClipEncoder | None = None,
 ) -> Inference:
     """Answers every row of a benchmark; all processes of a distributed run call it together.
 
@@ -73,6 +74,7 @@ def infer(
             `predictions.json` and `failures.json`; None writes nothing.
         restart: Discard answers that are already there.
         show_progress: Show a progress bar on stderr, on the main process.
+        encoder: Of the model; default: one that stores nothing.
 
     Returns:
         The result, the same on every process (times excepted). A row that cannot be answered does not stop the run.
@@ -83,6 +85,7 @@ def infer(
     """
     settings, videos = settings or Settings(), Path(videos)
     check_videos(videos)
+    encoder = encoder or ClipEncoder(model, processor)
     state = join_processes()
     folder = Path(output) / JOURNAL_FOLDER if output is not None else None
     known = (
@@ -91,7 +94,10 @@ def infer(
     requests, broken = _read_requests(benchmark, rows)
     answered = set(_merge(known)[0])
     work = _plan(requests, answered, settings.batch_size, state)
-    pipeline, journal = Pipeline(model, processor, requests, videos, settings), Journal(folder, state.process_index)
+    pipeline, journal = (
+        Pipeline(model, processor, encoder, requests, videos, settings),
+        Journal(folder, state.process_index),
+    )
     with _evaluation_mode(model), _progress_bar(benchmark, work, answered, state, show_progress) as bar:
         for records in pipeline.answer(work):
             new = [record for record in records if record["row"] not in answered]
@@ -220,16 +226,6 @@ def _digest(*parts: object) -> str:
 def _without_versions(config) -> dict:
     """A configuration's values, without those that say who wrote it where."""
     return {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """Tells models apart by a sample of every parameter's values, without reading all of them."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        step = max(1, parameter.numel() // FINGERPRINT_SAMPLES)
-        digest.update(name.encode())
-        digest.update(parameter.detach().flatten()[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _write(output: Path, predictions: Sequence[dict], failures: dict[int, str]) -> None:

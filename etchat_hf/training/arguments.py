@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..clip_encoder import DEFAULT_MAX_GIB
 from .tuning import LORA_TARGETS, TUNING_MODES
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -120,7 +121,7 @@ class ETChatTrainingArguments(TrainingArguments):
     eval_span_samples: int = field(default=0, metadata={"help": "Evaluation samples scored by temporal IoU."})
     eval_max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer in evaluation."})
     vision_cache_dir: str | None = field(default=None, metadata={"help": "Folder that keeps vision features."})
-    vision_cache_gib: float = field(default=50.0, metadata={"help": "Largest size of that folder, in GiB."})
+    vision_cache_gib: float = field(default=DEFAULT_MAX_GIB, metadata={"help": "Largest size of that folder, in GiB."})
 
     def __post_init__(self):
         super().__post_init__()

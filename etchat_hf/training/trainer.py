@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..clip_encoder import ClipEncoder
 from ..data import ETChatBatchSampler
 from ..evaluation.metrics import score_spans
 from .arguments import ETChatTrainingArguments
@@ -19,7 +20,6 @@ from .model import check_vid_token, stored_dtype
 from .model_card import public_name, write_model_card
 from .span_evaluation import answer_spans
 from .tuning import set_trained
-from .vision_cache import VisionCache
 
 LOSS_PARTS = ("lm_loss", "match_loss")
 
@@ -62,7 +62,9 @@ class ETChatTrainer(Trainer):
         self._check_sharding()
         self._vision_cache = None
         if args.vision_cache_dir is not None:
-            self._vision_cache = VisionCache(args.vision_cache_dir, args.vision_cache_gib, self._etchat)
+            self._vision_cache = ClipEncoder(
+                self._etchat, processing_class, args.vision_cache_dir, args.vision_cache_gib
+            )
 
     def _check_precision(self) -> None:
         frozen = {parameter.dtype for parameter in self.model.parameters() if not parameter.requires_grad}
@@ -112,7 +114,7 @@ class ETChatTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         if self._vision_cache is not None and "pixel_values" in inputs:
             pixels = inputs.pop("pixel_values")
-            inputs["vision_features"] = self._vision_cache.features(pixels, inputs["frame_times"])
+            inputs["vision_features"] = self._vision_cache.encode_frames(pixels, inputs["frame_times"])
         return inputs
 
     # ---- Loss ----

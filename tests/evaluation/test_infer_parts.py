@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from etchat_hf.evaluation.clips import find_video, read_ahead, read_clip
+from etchat_hf.evaluation.clips import find_video, read_ahead, sample_video
 from etchat_hf.evaluation.decoding import RowBudgets, RowRepetitionPenalty, RowSampler
 from etchat_hf.evaluation.journal import Journal, check_same_run, read_journals, write_run
 from etchat_hf.evaluation.plan import leave_out_answered, plan_groups, share_groups
@@ -102,25 +102,31 @@ def test_first_existing_video_is_found(tmp_path):
         find_video(tmp_path, ["w.mp4"])
 
 
+def pixels(video_processor, clip):
+    (frames,) = video_processor.iter_pixels(clip, len(clip.frame_times))
+    return frames
+
+
 def test_segment_is_sampled_like_a_video_of_its_own(tmp_path):
     path = write_video(tmp_path / "v.mp4", num_frames=60, fps=10)
     reader = ETChatVideoProcessor(size=48, image_mean=[0] * 3, image_std=[1] * 3, fps=2)
-    clip = read_clip(reader, path, segment=(2.0, 3.95))
-    assert clip.frame_times == pytest.approx([0, 0.5, 1, 1.5])
-    shown = (clip.frames * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    clip = sample_video(reader, path, segment=(2.0, 3.95))
+    assert clip.frame_times == pytest.approx([0, 0.5, 1, 1.5]) and clip.duration == pytest.approx(2)
+    shown = (pixels(reader, clip) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     # The square crop of 64 x 48 pictures cuts the outer bars off: compare with whole frames, cropped alike.
-    whole = read_clip(reader, path, fps=10)
-    crop = (whole.frames[[20, 25, 30, 35]] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    whole = pixels(reader, sample_video(reader, path, fps=10))
+    crop = (whole[[20, 25, 30, 35]] * 255).round().byte().permute(0, 2, 3, 1).numpy()
     np.testing.assert_array_equal(shown, crop)
     with pytest.raises(ValueError, match="no frame between"):
-        read_clip(reader, path, segment=(7.0, 8.0))
+        sample_video(reader, path, segment=(7.0, 8.0))
 
 
 def test_folder_of_frames_is_a_clip_at_three_per_second(tmp_path):
     for k in range(9):
         Image.fromarray(numbered_picture(k, 64, 64)).save(tmp_path / f"{k:05d}.png")
-    clip = read_clip(ETChatVideoProcessor(size=64, image_mean=[0] * 3, image_std=[1] * 3), tmp_path)
-    pictures = (clip.frames * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    reader = ETChatVideoProcessor(size=64, image_mean=[0] * 3, image_std=[1] * 3)
+    clip = sample_video(reader, tmp_path)
+    pictures = (pixels(reader, clip) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     assert [read_number(picture) for picture in pictures] == [0, 3, 6]
     assert clip.frame_times == pytest.approx([0, 1, 2])
 

@@ -15,7 +15,6 @@ from trl import TrlParser
 from etchat_hf import ETChatForConditionalGeneration, ETChatProcessor
 from etchat_hf.data import DataSource, ETChatDataArguments, StageData
 from etchat_hf.training import ETChatModelArguments, ETChatTrainingArguments, load_model
-from etchat_hf.training.vision_cache import VisionCache
 
 from .runs import REPOSITORY, build_trainer
 
@@ -65,34 +64,6 @@ def test_training_skips_logits_and_keeps_the_loss(model, start, toy_data, tmp_pa
     assert torch.allclose(lean.loss, full.loss, atol=1e-6)
     with pytest.raises(ValueError, match="skip_logits"):
         trainer.model(**{key: value for key, value in batch.items() if key != "labels"}, skip_logits=True)
-
-
-def test_the_vision_cache_gives_the_same_features_and_keeps_its_size(model, tmp_path):
-    pixels = torch.randn(5, 3, 56, 56)
-    times = [[0.0, 1.0], [0.0, 1.0, 2.0]]
-    expected = model.get_vision_features(pixels)
-    cache = VisionCache(str(tmp_path / "cache"), 1.0, model)
-    assert torch.equal(cache.features(pixels, times), expected)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-    again = VisionCache(str(tmp_path / "cache"), 1.0, model)
-    again._model = None  # all must come from the disk
-    assert torch.equal(again.features(pixels, times), expected)
-    tiny = VisionCache(str(tmp_path / "tiny"), 1e-6, model)
-    assert torch.equal(tiny.features(pixels, times), expected)
-    assert not list((tmp_path / "tiny").iterdir())
-    with pytest.raises(ValueError, match="vision_cache_gib"):
-        VisionCache(str(tmp_path / "none"), 0, model)
-
-
-def test_other_weights_do_not_meet_the_same_features(model, start, tmp_path):
-    pixels, times = torch.randn(2, 3, 56, 56), [[0.0, 1.0]]
-    VisionCache(str(tmp_path), 1.0, model).features(pixels, times)
-    other = ETChatForConditionalGeneration.from_pretrained(start)
-    with torch.no_grad():
-        other.model.vision_tower.embeddings.class_embedding.add_(1.0)
-    features = VisionCache(str(tmp_path), 1.0, other).features(pixels, times)
-    assert torch.equal(features, other.get_vision_features(pixels))
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_training_with_the_cache_changes_nothing(start, toy_data, tmp_path):

@@ -1,7 +1,7 @@
 """E.T. Chat as a model of lmms-eval: `lmms-eval --model etchat --model_args pretrained=MODEL`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,9 +10,11 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from ....clip_encoder import ClipEncoder
 from ....inference import load
+from ....processing_etchat import EncodedClip
 from ...answering import answer_batch, write_prompt
-from ...clips import Clip, read_clip
+from ...clips import sample_video
 from ...tasks import Request
 
 MAX_NEW_TOKENS = 2048
@@ -48,6 +50,7 @@ class ETChat(lmms):
         device: As for `torch.device`; by default each process of `accelerate launch` takes its own.
         batch_size: The most requests answered at once.
         fps, max_frames: Replace the video processor's.
+        cache: Folder that keeps encoded videos for later runs.
     """
 
     def __init__(
@@ -58,11 +61,13 @@ class ETChat(lmms):
         batch_size: int | str = 1,
         fps: float | None = None,
         max_frames: int | None = None,
+        cache: str | None = None,
     ):
         super().__init__()
         self.accelerator = Accelerator()
         self.device = torch.device(device) if device else self.accelerator.device
         self.model, self.processor = load(pretrained, dtype, str(self.device))
+        self.encoder = ClipEncoder(self.model, self.processor, cache)
         self.batch_size, self.fps, self.max_frames = int(batch_size), fps, max_frames
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -75,7 +80,7 @@ class ETChat(lmms):
         questions = [self._read(request) for request in requests]
         order = sorted(range(len(questions)), key=lambda index: questions[index].path)
         answers = [""] * len(questions)
-        clips: dict[str, Clip] = {}
+        clips: dict[str, EncodedClip] = {}
         for start in tqdm(range(0, len(order), self.batch_size), desc="E.T. Chat", disable=self.rank != 0):
             batch = order[start : start + self.batch_size]
             paths = dict.fromkeys(questions[index].path for index in batch)
@@ -104,11 +109,11 @@ class ETChat(lmms):
             stops=[until] if isinstance(until, str) else list(until),
         )
 
-    def _encode(self, path: str) -> Clip:
-        clip = read_clip(self.processor.video_processor, Path(path), fps=self.fps, max_frames=self.max_frames)
-        return replace(clip, frames=self.model.get_vision_features(clip.frames.to(self.device)))
+    def _encode(self, path: str) -> EncodedClip:
+        video_processor = self.processor.video_processor
+        return self.encoder.encode(sample_video(video_processor, Path(path), None, self.fps, self.max_frames))
 
-    def _answer(self, questions: Sequence[Question], clips: dict[str, Clip]) -> list[str]:
+    def _answer(self, questions: Sequence[Question], clips: dict[str, EncodedClip]) -> list[str]:
         paths = list(clips)
         prompts = [
             write_prompt(
@@ -126,7 +131,7 @@ class ETChat(lmms):
             prompts,
             [paths.index(question.path) for question in questions],
             [clips[path].frame_times for path in paths],
-            torch.cat([clips[path].frames for path in paths]),
+            torch.cat([clips[path].vision_features for path in paths]),
         )
         return [_cut(answer.text, question.stops) for answer, question in zip(answers, questions, strict=True)]
 

@@ -1,0 +1,266 @@
+"""Each clip passes the vision encoder once, for any number of questions, turns, batches, processes and runs.
+
+`etchat ask`, bulk inference and training all encode through `ClipEncoder`. In memory its results are kept by holding
+the `EncodedClip`; with a folder they are also kept on disk, in safetensors files named by what they follow from.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from .modeling_etchat import ETChatForConditionalGeneration
+from .processing_etchat import EncodedClip, ETChatProcessor
+from .video_decoding_etchat import Source
+from .video_processing_etchat import SampledClip, load_picture
+
+GIB = 1 << 30
+DEFAULT_MAX_GIB = 50.0
+# What the pixels of given frames depend on, beside the decoder.
+PIXEL_SETTINGS = ("size", "image_mean", "image_std", "pad_to_square")
+FINGERPRINT_SAMPLES = 64
+
+
+@dataclass(eq=False)
+class DecodedClip:
+    """
+    A clip ready to be encoded.
+
+    Args:
+        sampled ([`SampledClip`]): what was decoded.
+        pixel_values (`torch.FloatTensor` of shape `(T, 3, size, size)`): its normalised frames.
+        key (`str`, *optional*): names its features on disk.
+    """
+
+    sampled: SampledClip
+    pixel_values: torch.FloatTensor
+    key: str | None
+
+
+class ClipEncoder:
+    """
+    Encodes clips, and remembers them on disk if it is given a folder.
+
+    A file there is found by the content of the video, the frames sampled, how they are resized and normalised, and
+    the weights of the vision encoder: a video that was moved or copied is found again, and so it is for a model whose
+    other weights were trained on. What is found is not decoded; the video is only read, to know it. Files appear
+    complete or not at all; one that is damaged is reported, and replaced when its clip has been encoded again.
+
+    Args:
+        model ([`ETChatForConditionalGeneration`]): encodes what is not stored.
+        processor ([`ETChatProcessor`]): of the model.
+        folder (`str` or `Path`, *optional*): made if it is missing; may be shared by processes and runs.
+        max_gib (`float`, *optional*, defaults to 50): size at which nothing more is stored, with a warning. Nothing is
+            ever removed: delete files, or the folder, at will.
+
+    Raises:
+        ValueError: for a size that holds nothing.
+        OSError: if the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        model: ETChatForConditionalGeneration,
+        processor: ETChatProcessor,
+        folder: str | Path | None = None,
+        max_gib: float = DEFAULT_MAX_GIB,
+    ):
+        if not max_gib > 0:
+            raise ValueError(f"The cache of clips may take {max_gib} GiB; it must be more than 0.")
+        self._model, self._processor = model, processor
+        self.folder = Path(folder) if folder is not None else None
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._weights = fingerprint(model.model.vision_tower)
+            self._room = max_gib * GIB - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+        self._max_gib = max_gib
+        self._lock = threading.Lock()
+
+    def encode(self, clip, **sampling) -> EncodedClip:
+        """
+        Args:
+            clip: see [`ETChatVideoProcessor`]; or what `sample`, [`decode`] or [`encode`] made of one. Unless it is
+                decoded already, its pixels are in memory a few frames at a time.
+            sampling: arguments of `ETChatVideoProcessor.sample`: `fps`, `num_frames`, `max_frames`, `video_metadata`.
+
+        Returns:
+            [`EncodedClip`], on the model's device.
+
+        Raises:
+            FileNotFoundError, OSError, ValueError: if the clip cannot be read, or the folder cannot be written to.
+        """
+        if isinstance(clip, EncodedClip):
+            return replace(clip, vision_features=clip.vision_features.to(self._model.device))
+        if isinstance(clip, DecodedClip):
+            features = self._model.get_vision_features(clip.pixel_values.to(self._model.device))
+            encoded, key = EncodedClip.of(clip.sampled, features), clip.key
+        else:
+            sampled = self._sample(clip, sampling)
+            key = self._clip_key(sampled)
+            if (features := self._find(key, len(sampled.frame_times))) is not None:
+                return EncodedClip.of(sampled, features.to(self._model.device))
+            encoded = self._processor.encode(sampled, self._model)
+        self._store(key, encoded.vision_features)
+        return encoded
+
+    def decode(self, clip, **sampling) -> EncodedClip | DecodedClip:
+        """
+        What [`encode`] needs to do before the model is needed, for threads that work ahead: finds the clip, or decodes
+        all of it. Arguments and errors as [`encode`]'s.
+        """
+        sampled = self._sample(clip, sampling)
+        key = self._clip_key(sampled)
+        if (features := self._find(key, len(sampled.frame_times))) is not None:
+            return EncodedClip.of(sampled, features)
+        (pixels,) = self._processor.video_processor.iter_pixels(sampled, len(sampled.frame_times))
+        return DecodedClip(sampled, pixels.to(self._model.dtype), key)
+
+    def encode_frames(self, pixel_values: torch.FloatTensor, frame_times: list[list[float]]) -> torch.FloatTensor:
+        """
+        Encodes clips that are known by their pixels only, as a training batch has them.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(N, 3, size, size)`): normalised frames, clip after clip.
+            frame_times (`list` of `list` of `float`): whose lengths say where each clip ends.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, patches, C)`.
+        """
+        if self.folder is None:
+            return self._model.get_vision_features(pixel_values)
+        features = []
+        for clip in pixel_values.split([len(times) for times in frame_times]):
+            key = _digest("pixels", self._weights, _tensor_bytes(clip))
+            found = self._find(key, len(clip))
+            if found is None:
+                found = self._model.get_vision_features(clip)
+                self._store(key, found)
+            features.append(found.to(clip.device))
+        return torch.cat(features)
+
+    def _sample(self, clip, sampling: dict) -> SampledClip:
+        return clip if isinstance(clip, SampledClip) else self._processor.video_processor.sample(clip, **sampling)
+
+    def _clip_key(self, clip: SampledClip) -> str | None:
+        if self.folder is None:
+            return None
+        processor = self._processor.video_processor
+        settings = {name: getattr(processor, name) for name in PIXEL_SETTINGS} | {"decoder": clip.reader.backend}
+        content = content_digest(clip.content)
+        return _digest("clip", self._weights, content, json.dumps(settings), clip.frame_indices.tobytes())
+
+    def _find(self, key: str | None, num_frames: int) -> torch.FloatTensor | None:
+        if key is None:
+            return None
+        path = self._path(key)
+        if not path.is_file():
+            return None
+        try:
+            features = load_file(path).get("features")
+        except SafetensorError:
+            features = None
+        if features is None or len(features) != num_frames:
+            warnings.warn(f"{path} is damaged; the clip is encoded again", stacklevel=2)
+            return None
+        return features
+
+    def _store(self, key: str | None, features: torch.FloatTensor) -> None:
+        if key is None:
+            return
+        size = features.numel() * features.element_size()
+        with self._lock:
+            fits = size <= self._room
+            self._room -= size if fits else 0
+        if not fits:
+            text = f"{self.folder} holds {self._max_gib:g} GiB: further clips are not stored"
+            warnings.warn(f"{text}; allow more, or delete old files", stacklevel=2)
+            return
+        path = self._path(key)
+        aside = path.with_suffix(f".{secrets.token_hex(4)}")
+        try:
+            save_file({"features": features.contiguous().cpu()}, aside)
+            os.replace(aside, path)
+        except SafetensorError as error:
+            raise OSError(f"{self.folder}: a clip cannot be stored ({error}); leave the cache out") from error
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+
+def content_digest(content: Any) -> str:
+    """
+    What a clip shows, as a hash: that of a file's bytes, or of pixels in memory.
+
+    Args:
+        content: `SampledClip.content`.
+
+    Raises:
+        OSError: if a file or URL cannot be read.
+        ValueError: for what cannot be read twice, such as an open decoder.
+    """
+    if isinstance(content, list):
+        return _digest("list", *map(content_digest, content))
+    if isinstance(content, Source):
+        with content.open() as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    if isinstance(content, PIL.Image.Image):
+        content = load_picture(content)
+    if isinstance(content, torch.Tensor):
+        content = content.cpu().numpy()
+    if isinstance(content, np.ndarray):
+        return _digest(f"{content.dtype} {content.shape}", np.ascontiguousarray(content).data)
+    raise ValueError(f"a {type(content).__name__} cannot be looked up in a cache; pass the video's path, URL or bytes")
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """
+    Tells weights apart: by the sum of each tensor's bits, read as whole numbers, and by some of its bytes in order.
+
+    One pass over the memory of the device that holds them; the same on all devices.
+    """
+    state = hashlib.blake2b(digest_size=16)
+    for name, parameter in module.named_parameters():
+        for tensor in _plain_tensors(parameter.detach()):
+            bits = tensor.reshape(-1).view(torch.uint8)
+            whole = len(bits) - len(bits) % 8  # in words of 8 bytes, the sum takes what reading the memory takes
+            total = bits[:whole].view(torch.int64).sum().item()
+            sample = torch.cat([bits[:: max(1, len(bits) // FINGERPRINT_SAMPLES)], bits[whole:]])
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total}".encode())
+            state.update(sample.cpu().numpy().tobytes())
+    return state.hexdigest()
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor, or those that a quantised one consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(getattr(tensor, name))
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+
+
+def _digest(*parts: str | bytes | memoryview) -> str:
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(memoryview(data).cast("B")).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()

@@ -1,0 +1,163 @@
+"""Clips that pass the vision encoder once: on disk, by content; and never decoded for what is known."""
+
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from etchat_hf import ClipEncoder, inference
+from etchat_hf import video_decoding_etchat as decoding
+from etchat_hf.clip_encoder import DecodedClip, fingerprint
+
+
+@pytest.fixture(scope="module")
+def loaded(converted):
+    return inference.load(converted)
+
+
+@pytest.fixture
+def no_encoding(loaded, monkeypatch):
+    """From when it is called, neither the decoder nor the vision encoder works."""
+
+    def forbid():
+        monkeypatch.setattr(decoding.PyAVReader, "read", None)
+        monkeypatch.setattr(type(loaded[0].model.vision_tower), "forward", None)
+
+    return forbid
+
+
+def files(folder):
+    return sorted(folder.glob("*"))
+
+
+def test_a_known_clip_is_neither_decoded_nor_encoded(loaded, clip, tmp_path, no_encoding):
+    expected = loaded[1].encode(clip, loaded[0])
+    first = ClipEncoder(*loaded, tmp_path / "cache").encode(clip)
+    copied = shutil.copy(clip, tmp_path / "elsewhere.mp4")
+    no_encoding()
+    again = ClipEncoder(*loaded, tmp_path / "cache")
+    ways = [clip, copied, clip.read_bytes(), {"path": None, "bytes": clip.read_bytes()}, open(clip, "rb")]
+    for encoded in (first, *map(again.encode, ways), again.decode(clip), again.encode(clip, fps=1, max_frames=50)):
+        assert torch.equal(encoded.vision_features, expected.vision_features)
+        assert encoded.frame_times == expected.frame_times and encoded.frame_indices == expected.frame_indices
+        assert encoded.duration == expected.duration == 12.0
+    assert len(files(tmp_path / "cache")) == 1
+
+
+def test_other_frames_contents_and_pixels_are_other_entries(loaded, clip, tmp_path):
+    model, processor = loaded
+    encoder = ClipEncoder(model, processor, tmp_path)
+    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 50, 3), np.uint8)
+    metadata = {"frame_times": [0.0, 1.0, 2.0]}
+    pictures = [PIL.Image.fromarray(picture) for picture in noise]
+    clips = [(clip, {}), (clip, {"fps": 2}), (noise, {"video_metadata": metadata}), (noise[0], {})]
+    clips += [(pictures, {"video_metadata": metadata}), (pictures[1], {})]
+    for count, (shown, sampling) in enumerate(clips, 1):
+        features = encoder.encode(shown, **sampling).vision_features
+        assert torch.equal(features, processor.encode(shown, model, **sampling).vision_features)
+        assert len(files(tmp_path)) == count
+        assert torch.equal(encoder.encode(shown, **sampling).vision_features, features)
+        assert len(files(tmp_path)) == count
+
+
+def test_pixels_of_other_settings_are_other_entries(loaded, clip, tmp_path, monkeypatch):
+    model, processor = loaded
+    encoder = ClipEncoder(model, processor, tmp_path)
+    cropped = encoder.encode(clip).vision_features
+    monkeypatch.setattr(processor.video_processor, "image_mean", [0.5, 0.5, 0.5])
+    assert not torch.equal(encoder.encode(clip).vision_features, cropped) and len(files(tmp_path)) == 2
+
+
+def test_any_other_weight_is_another_model(loaded):
+    tower = torch.nn.Sequential(torch.nn.Linear(1000, 1000), torch.nn.LayerNorm(1000)).half()
+    before = fingerprint(tower)
+    assert before == fingerprint(tower) != fingerprint(tower.float())
+    tower.half()
+    weight = tower[0].weight.data
+    value = weight[1, 1].item()
+    weight[1, 1] = value + 1
+    assert fingerprint(tower) != before
+    weight[1, 1] = value
+    assert fingerprint(tower) == before
+
+
+def test_a_model_with_another_encoder_does_not_meet_these_features(loaded, converted, clip, tmp_path):
+    ClipEncoder(*loaded, tmp_path).encode(clip)
+    other, processor = inference.load(converted)
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    ClipEncoder(other, processor, tmp_path).encode(clip)
+    assert len(files(tmp_path)) == 1
+    with torch.no_grad():
+        other.model.vision_tower.embeddings.class_embedding.add_(1.0)
+    features = ClipEncoder(other, processor, tmp_path).encode(clip).vision_features
+    assert torch.equal(features, processor.encode(clip, other).vision_features) and len(files(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "short", "foreign"])
+def test_a_damaged_file_is_reported_and_replaced(loaded, clip, tmp_path, damage):
+    encoder = ClipEncoder(*loaded, tmp_path)
+    expected = encoder.encode(clip).vision_features
+    (path,) = files(tmp_path)
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "short":
+        save_file({"features": expected[:-1].clone()}, path)
+    else:
+        save_file({"other": expected}, path)
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged"):
+        assert torch.equal(encoder.encode(clip).vision_features, expected)
+    assert torch.equal(load_file(path)["features"], expected) and files(tmp_path) == [path]
+
+
+def test_a_full_folder_takes_no_more(loaded, clip, tmp_path):
+    expected = loaded[1].encode(clip, loaded[0]).vision_features
+    encoder = ClipEncoder(*loaded, tmp_path, max_gib=1e-6)
+    with pytest.warns(UserWarning, match="further clips are not stored"):
+        assert torch.equal(encoder.encode(clip).vision_features, expected)
+    assert not files(tmp_path)
+    with pytest.raises(ValueError, match="0 GiB"):
+        ClipEncoder(*loaded, tmp_path, max_gib=0)
+
+
+def test_a_folder_that_is_a_file_is_refused(loaded, tmp_path):
+    (tmp_path / "cache").touch()
+    with pytest.raises(OSError, match="cache"):
+        ClipEncoder(*loaded, tmp_path / "cache")
+
+
+def test_decoding_ahead_and_encoding_later_is_encoding(loaded, clip, tmp_path):
+    for folder in (None, tmp_path):
+        encoder = ClipEncoder(*loaded, folder)
+        decoded = encoder.decode(clip)
+        assert isinstance(decoded, DecodedClip) and len(decoded.pixel_values) == 12
+        expected = loaded[1].encode(clip, loaded[0])
+        assert torch.equal(encoder.encode(decoded).vision_features, expected.vision_features)
+    assert torch.equal(encoder.decode(clip).vision_features, expected.vision_features)
+
+
+def test_frames_of_a_batch_are_known_by_their_pixels(loaded, tmp_path, no_encoding):
+    model, processor = loaded
+    size = model.config.vision_config.image_size
+    pixels, times = torch.randn(5, 3, size, size), [[0.0, 1.0], [0.0, 1.0, 2.0]]
+    expected = model.get_vision_features(pixels)
+    assert torch.equal(ClipEncoder(model, processor).encode_frames(pixels, times), expected)
+    assert torch.allclose(ClipEncoder(model, processor, tmp_path).encode_frames(pixels, times), expected, atol=1e-6)
+    assert len(files(tmp_path)) == 2
+    no_encoding()
+    again = ClipEncoder(model, processor, tmp_path)
+    assert torch.allclose(again.encode_frames(pixels, times), expected, atol=1e-6)
+    assert torch.allclose(again.encode_frames(pixels[2:], times[1:]), expected[2:], atol=1e-6)
+
+
+def test_a_long_clip_is_encoded_a_few_frames_at_a_time(loaded, clip, monkeypatch):
+    model, processor = loaded
+    encode, sizes = model.get_vision_features, []
+    monkeypatch.setattr(model, "get_vision_features", lambda pixels: sizes.append(len(pixels)) or encode(pixels))
+    encoded = processor.encode(clip, model, fps=10)
+    assert sizes == [64, 56] and len(encoded.vision_features) == 120
+    expected = encode(processor.video_processor([str(clip)], fps=10)["pixel_values"])
+    assert torch.allclose(encoded.vision_features, expected, atol=1e-6)

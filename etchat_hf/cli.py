@@ -77,7 +77,7 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object per answer, each on one line.")] = False,
 ) -> None:
     """Ask questions about one video; times in the answers are seconds since its first frame."""
-    questions = list(filter(None, questions or []))
+    questions = questions or []
     _check_ask(questions, src, max_frames, window, overlap, interactive)
     from etchat_hf.clip_encoder import ClipEncoder
     from etchat_hf.inference import Chat, ask_each, ask_windows, frame_budget, load
@@ -118,6 +118,8 @@ def _converse(chat, questions: list[str], src: list[float] | None, max_new_token
 def _check_ask(questions, src, max_frames, window, overlap, interactive: bool) -> None:
     if not questions and not interactive:
         raise ValueError("give a QUESTION, or --interactive.")
+    if not all(map(str.strip, questions)):
+        raise ValueError("a QUESTION is empty; leave it out or write what to ask.")
     if window is None and overlap:
         raise ValueError(f"--overlap {overlap:g} is what windows share; give --window too.")
     if window is not None and (interactive or src or max_frames):

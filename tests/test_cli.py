@@ -80,6 +80,7 @@ def bad_files(tmp_path, converted, golden, clip):
         ("{clip}", "After <vid>?", ("--src", "99"), "99.0 s"),
         ("{clip}", "After <vid>?", ("--src", "-1"), "-1.0 s"),
         ("{clip}", "<image> When?", (), "2 <image> placeholders"),
+        ("{clip}", " ", (), "QUESTION is empty"),
         ("{clip}", "When?", ("--fps", "0"), "fps"),
         ("{clip}", "When?", ("--max-frames", "-3"), "max_frames"),
         ("{clip}", "When?", ("--dtype", "int3"), "int3"),

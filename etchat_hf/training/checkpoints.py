@@ -70,4 +70,5 @@ def merge_checkpoint(checkpoint: str | Path, destination: str | Path, dtype: tor
     else:
         model = ETChatForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     with replaced_at_once(destination) as folder:
-        model.to(dtype or torch.float32).save_pretrained(folder)
+        # The original format: names that transformers took for those of BERT in TensorFlow, as under ZeRO-3
+        model.to(dtype or torch.float32).save_pretrained(folder, save_original_format=False)

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..clip_encoder import ClipEncoder
@@ -75,14 +76,17 @@ class ETChatTrainer(Trainer):
             )
 
     def _check_sharding(self) -> None:
-        zero_stage = self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
-        sharded = self.is_fsdp_enabled or zero_stage == 3
+        sharded = self.is_fsdp_enabled or self._zero_stage == 3
         for name in ("eval_span_samples", "vision_cache_dir"):
             if sharded and getattr(self.args, name):
                 raise ValueError(
                     f"{name} lets each process run the model at its own pace, which sharded parameters rule out; "
                     "leave it out or train by DDP or ZeRO-2."
                 )
+
+    @property
+    def _zero_stage(self) -> int:
+        return self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else 0
 
     @property
     def _etchat(self):
@@ -216,6 +220,12 @@ class ETChatTrainer(Trainer):
             rotate_checkpoints(folder, save_total_limit=self.args.save_total_limit)
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not (self._zero_stage == 3 and hasattr(self.model, "peft_config")):
+            return super().save_model(output_dir, _internal_call)
+        # Trainer would leave frozen parameters out, of which some belong to modules that PEFT saves whole
+        self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.deepspeed))
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -238,6 +248,7 @@ class ETChatTrainer(Trainer):
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if not checkpoint.is_dir():
             self._save_checkpoint(self.model_wrapped, None)
+        unset_hf_deepspeed_config()  # with it, ZeRO-3 would wait for the others while this process loads the model
         if self.is_world_process_zero():
             name = self.args.save_dtype
             dtype = stored_dtype(self.base_model) if name == "auto" else getattr(torch, name)

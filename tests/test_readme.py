@@ -99,6 +99,12 @@ def test_the_python_example_runs(workplace):
     assert run.returncode == 0, run.stderr
 
 
+def test_the_scoring_example_runs():
+    (example,) = [block for block in blocks("python") if "evaluate_etbench" in block]
+    run = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True)
+    assert run.stdout == "{'TVG': 1.0} 0.94444\n", run.stderr
+
+
 def test_the_quickstart_runs():
     run = subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

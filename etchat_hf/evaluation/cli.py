@@ -43,6 +43,8 @@ def etbench(
     if subset:
         read_subset(chosen, str(subset))
     scores = score_etbench(rows, similarity, chosen, names)
+    if subset:
+        typer.echo(f"{len(scores.outcomes):,} samples of {subset}, from {len(rows):,} predictions", err=True)
     result = summarize_etbench(scores)
     result["problems"] |= read_failures(predictions)
     _print(etbench_tables(result), result)

@@ -78,7 +78,8 @@ def test_subset_file(run, folder):
     subset = folder / "sub" / "subset.json"
     subset.write_text("[0, 1]")
     output = folder / "sub" / "out.json"
-    assert run("etbench", folder, "--similarity", "jaccard", "--subset", subset, "--output", output)[0] == 0
+    code, _, err = run("etbench", folder, "--similarity", "jaccard", "--subset", subset, "--output", output)
+    assert code == 0 and f"2 samples of {subset}, from 192 predictions" in err
     assert json.loads(output.read_text())["by_source"]["tvg"]["qvhighlights"]["Total"] == 2
 
 

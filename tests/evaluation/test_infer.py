@@ -403,24 +403,25 @@ def test_three_processes_write_the_same_files(world, alone, tmp_path):
     assert log.read_text().count("24 of 30 rows answered") == 1
 
 
-def test_a_killed_run_goes_on_with_another_number_of_processes(world, alone, tmp_path):
+@pytest.mark.parametrize(("first", "second", "answers"), [(2, 3, 6), (1, 2, 14)])
+def test_a_killed_run_goes_on_with_another_number_of_processes(world, alone, tmp_path, first, second, answers):
     output, log = tmp_path / "out", tmp_path / "log.txt"
-    processes = start_processes(2, log, command(world, output))
+    processes = start_processes(first, log, command(world, output))
     deadline = time.monotonic() + 60
-    while len(journal_records(output)) < 6:
+    while len(journal_records(output)) < answers:
         assert processes[0].is_alive() and time.monotonic() < deadline, log.read_text()
         time.sleep(0.002)
     for process in processes:
         process.kill()
-    assert finish(processes) == [-signal.SIGKILL] * 2
+    assert finish(processes) == [-signal.SIGKILL] * first
     assert not (output / "predictions.json").exists()
     survived = journal_records(output)
-    assert 6 <= len(survived) < 29
+    assert answers <= len(survived) < 29
     journals = sorted((output / "progress").glob("*.jsonl"))
     with open(journals[0], "ab") as file:
         file.write(b'{"row": 29, "text": "tor')
 
-    assert finish(start_processes(3, log, command(world, output))) == [1, 0, 0]
+    assert finish(start_processes(second, log, command(world, output))) == [1, *[0] * (second - 1)]
     check_files(output, alone)
     for journal in journals:
         journal.unlink()

@@ -17,7 +17,7 @@ from .tables import charades_table, etbench_tables, list_absent, mvbench_table
 
 app = typer.Typer(name="evaluate", help="Score prediction files.", no_args_is_help=True)
 
-Predictions = Annotated[list[Path], typer.Argument(metavar="PRED...", help="Prediction files, or folders of them.")]
+Predictions = Annotated[list[Path], typer.Argument(metavar="PRED", help="Prediction files, or folders of them.")]
 Output = Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")]
 Html = Annotated[Path | None, typer.Option(help="Write a page with plots there.")]
 

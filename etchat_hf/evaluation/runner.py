@@ -88,9 +88,10 @@ def infer(
     encoder = encoder or ClipEncoder(model, processor)
     state = join_processes()
     folder = Path(output) / JOURNAL_FOLDER if output is not None else None
-    known = (
-        _open_run(state, folder, restart, _describe_run(model, processor, benchmark, rows, settings)) if folder else []
-    )
+    known = []
+    if folder is not None:
+        run = _describe_run(model, processor, benchmark, rows, settings)
+        known = _open_run(state, folder, restart, run)
     requests, broken = _read_requests(benchmark, rows)
     answered = set(_merge(known)[0])
     work = _plan(requests, answered, settings.batch_size, state)

@@ -40,7 +40,7 @@ class SentenceEncoder:
             return SentenceTransformer(self.name), ""
         except ImportError:
             return None, "sentence-transformers is not installed (pip install etchat_hf[eval])"
-        except OSError as error:
+        except (OSError, ValueError) as error:
             return None, f"the sentence encoder {self.name} cannot be loaded: {str(error).splitlines()[0]}"
 
     def _encode(self, texts: Sequence[str]) -> np.ndarray:

@@ -1,11 +1,13 @@
-"""A long video streams through the processor in bounded memory, at the speed of decoding it.
+"""Claims: a long video streams through the processor in bounded memory, at the speed of decoding it, and faster where
+few of its frames are wanted.
 
-    python benchmarks/video_decoding.py                # 10 minutes of 1080p
-    python benchmarks/video_decoding.py --minutes 60   # the full claim
+    python benchmarks/video_decoding.py                # an hour of 1080p: half an hour on two cores
+    python benchmarks/video_decoding.py --minutes 5
 
-Claims: consuming the file at 1 fps, chunk by chunk (decoded, resized, normalised), takes less than 600 MB above what
-the imports take, and at most 1.3 times the time of decoding its frames with PyAV and throwing them away. It can take
-less than that: our reader passes over pictures that are neither sampled nor needed for others.
+Consuming the file at 1 fps, chunk by chunk (decoded, resized, normalised), takes less than 600 MB above what the imports
+take, and at most 1.3 times the time of decoding its frames with PyAV, on all cores, and throwing them away. It can take
+less than that: our reader passes over pictures that are neither sampled nor needed for others. One frame per minute,
+of a file with a keyframe every 10 s, takes at most half of that time: the reader seeks.
 """
 
 import argparse
@@ -19,13 +21,14 @@ from pathlib import Path
 
 import av
 import numpy as np
+from reporting import report
 
 from etchat_hf.video_decoding_etchat import open_video
 from etchat_hf.video_processing_etchat import ETChatVideoProcessor
 
 FPS, SIZE = 30, (1920, 1080)
 LOOP_SECONDS = 10
-MEMORY_LIMIT, TIME_LIMIT = 600, 1.3  # MB, and times the decoding alone
+MEMORY_LIMIT, TIME_LIMIT, SPARSE_LIMIT = 600, 1.3, 0.5  # MB, and times the decoding alone
 
 
 def write_loop(path: Path) -> None:
@@ -69,14 +72,14 @@ def decode_only(path: str) -> int:
         return sum(1 for _ in container.decode(video=0))
 
 
-def read_only(path: str) -> int:
-    """Index, and decode to RGB at 1 fps."""
+def sparse(path: str) -> int:
+    """A frame of each minute, in the middle between two keyframes."""
     reader = open_video(path, "pyav")
-    return sum(1 for _ in reader.read(range(0, reader.num_frames, FPS)))
+    return sum(1 for _ in reader.read(range(FPS * LOOP_SECONDS // 2, reader.num_frames, 60 * FPS)))
 
 
 def stream(path: str) -> int:
-    """What the claims are about."""
+    """All of it at 1 fps, in chunks."""
     processor = ETChatVideoProcessor(decoder="pyav")
     return sum(len(chunk["pixel_values"]) for chunk in processor.iter_frames(path, chunk_size=32, fps=1))
 
@@ -100,11 +103,12 @@ def run(work, path: Path) -> tuple[int, float, float]:
     return results.get()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--repeats", type=int, default=1, help="the fastest of so many runs counts")
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args()
+    results = {work: [] for work in (decode_only, stream, sparse)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "long.mp4"
         # In a process of its own: a child's peak begins at what its parent has in memory.
@@ -112,15 +116,26 @@ def main() -> None:
         writer.start()
         writer.join()
         print(f"{args.minutes:g} minutes of {SIZE[0]} x {SIZE[1]} at {FPS} fps, {path.stat().st_size / 1e6:.0f} MB")
-        best = {}
-        for work in (decode_only, read_only, stream) * args.repeats:
-            count, seconds, memory = run(work, path)
-            print(f"  {work.__name__:12} {count:7} frames {seconds:8.1f} s {memory:8.0f} MB above the imports")
-            best[work] = min(best.get(work, (np.inf, 0)), (seconds, memory))
-    decoding, reading = (best[stream][0] / best[work][0] for work in (decode_only, read_only))
-    print(f"time:   {decoding:.2f} x decoding (claim: at most {TIME_LIMIT}), {reading:.2f} x reading the same frames")
-    print(f"memory: {best[stream][1]:.0f} MB (claim: below {MEMORY_LIMIT})")
+        for _ in range(args.repeats):
+            for work, measures in results.items():
+                count, seconds, memory = run(work, path)
+                print(f"  {work.__name__:12} {count:7} frames {seconds:8.1f} s {memory:8.0f} MB above the imports")
+                measures.append((seconds, memory))
+    claim = f"{args.minutes:g} minutes of 1080p at 1 fps, chunk by chunk"
+    decoding = [seconds for seconds, _ in results[decode_only]]
+    streaming, seeking = (
+        [seconds / alone for (seconds, _), alone in zip(results[work], decoding, strict=True)]
+        for work in (stream, sparse)
+    )
+    held = [
+        report(
+            f"{claim}: memory above the imports", [memory for _, memory in results[stream]], MEMORY_LIMIT, unit="MB"
+        ),
+        report(f"{claim} / decoding it", streaming, TIME_LIMIT),
+        report("one frame per minute / decoding all", seeking, SPARSE_LIMIT),
+    ]
+    return int(not all(held))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,13 +1,13 @@
 """Claims: a long video streams through the processor in bounded memory, at the speed of decoding it, and faster where
 few of its frames are wanted.
 
-    python benchmarks/video_decoding.py                # an hour of 1080p: half an hour on two cores
+    python benchmarks/video_decoding.py                # an hour of 1080p: a quarter of an hour on two cores
     python benchmarks/video_decoding.py --minutes 5
 
-Consuming the file at 1 fps, chunk by chunk (decoded, resized, normalised), takes less than 600 MB above what the imports
-take, and at most 1.3 times the time of decoding its frames with PyAV, on all cores, and throwing them away. It can take
-less than that: our reader passes over pictures that are neither sampled nor needed for others. One frame per minute,
-of a file with a keyframe every 10 s, takes at most half of that time: the reader seeks.
+Consuming the file at 1 fps, chunk by chunk (decoded, resized, normalised), takes less than 600 MB above what the
+imports take, and at most 1.3 times the time of decoding its frames with PyAV, on all cores, and throwing them away. It
+can take less than that: our reader passes over pictures that are neither sampled nor needed for others. One frame per
+minute, of a file with a keyframe every 10 s, takes at most half of that time: the reader seeks.
 """
 
 import argparse

@@ -14,13 +14,21 @@ import torch
 MB = 1e6
 
 
+def now() -> float:
+    """
+    Seconds of a clock that measures work: on a GPU, what it was given until now is done; on a CPU with a single thread
+    the processor time of this process, of which other programs take nothing.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def seconds(work: Callable[[], object]) -> float:
-    """How long one call takes; on a GPU until it has finished there too."""
-    _synchronize()
-    start = time.perf_counter()
+    """How long one call takes, by [`now`]."""
+    start = now()
     work()
-    _synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def interleaved(ours: Callable, theirs: Callable, repeats: int, warmup: int = 1) -> tuple[list[float], list[float]]:
@@ -105,7 +113,7 @@ def profile_table(work: Callable[[], object], rows: int = 12) -> str:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         work()
-        _synchronize()
+        now()
     on_gpu = torch.cuda.is_available()
     events = profile.key_averages()
     cost = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
@@ -115,8 +123,3 @@ def profile_table(work: Callable[[], object], rows: int = 12) -> str:
     for key in sorted(cost, key=cost.get, reverse=True)[:rows]:
         lines.append(f"| `{key}` | {calls[key]} | {cost[key] / total:.1%} |")
     return "\n".join(lines)
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -96,10 +96,28 @@ def build_inputs(
     }
 
 
+def encoded(model: ETChatForConditionalGeneration, inputs: dict, seed: int = 0) -> dict:
+    """The inputs with features in place of pixels: random ones, since nothing depends on what they show."""
+    settings = model.config.vision_config
+    patches = (settings.image_size // settings.patch_size) ** 2
+    frames = len(inputs["pixel_values"])
+    draw = torch.Generator().manual_seed(seed)
+    features = torch.randn(frames, patches, settings.hidden_size, generator=draw).to(model.device, model.dtype)
+    return {key: value for key, value in inputs.items() if key != "pixel_values"} | {"vision_features": features}
+
+
 def build_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks of the model share."""
+    """A parser with the options that all benchmarks of the model share; see [`parse`]."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--full-size", action="store_true", help="the published model in bfloat16, for a GPU")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU; one is measured by its processor time")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parses the command line, and takes as many threads as it says."""
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    return options

@@ -4,11 +4,12 @@ Classes are loaded when they are used, here and by the Auto classes: `import etc
 decoder.
 """
 
-import importlib
 import sys
 from importlib.abc import MetaPathFinder
 from importlib.machinery import PathFinder
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from .clip_encoder import ClipEncoder
@@ -32,17 +33,20 @@ __all__ = [
     "VidMatch",
 ]
 
-_MODULES = {
-    "ClipEncoder": "clip_encoder",
-    "ETChatConfig": "configuration_etchat",
-    "ETChatForConditionalGeneration": "modeling_etchat",
-    "ETChatGenerateOutput": "generation_etchat",
-    "ETChatModel": "modeling_etchat",
-    "ETChatProcessor": "processing_etchat",
-    "ETChatVideoProcessor": "video_processing_etchat",
-    "EncodedClip": "processing_etchat",
-    "VidMatch": "generation_etchat",
-}
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "ClipEncoder": "clip_encoder",
+        "ETChatConfig": "configuration_etchat",
+        "ETChatForConditionalGeneration": "modeling_etchat",
+        "ETChatGenerateOutput": "generation_etchat",
+        "ETChatModel": "modeling_etchat",
+        "ETChatProcessor": "processing_etchat",
+        "ETChatVideoProcessor": "video_processing_etchat",
+        "EncodedClip": "processing_etchat",
+        "VidMatch": "generation_etchat",
+    },
+)
 # transformers finds its own models by name: in tables of names, and in a module for each below `transformers.models`.
 _AUTO = "transformers.models.auto"
 _TABLES = {
@@ -55,17 +59,6 @@ _TABLES = {
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "ETChatForConditionalGeneration",
     },
 }
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
 
 
 class _NamesForAutoClasses(MetaPathFinder):

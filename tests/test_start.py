@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import etchat_hf
+import etchat_hf.data
 from etchat_hf.toy import bundled_checkpoint
 
 AUTO_CLASSES = "from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor"
@@ -23,9 +24,10 @@ def in_fresh_process(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_import_loads_neither_torch_nor_a_decoder():
+@pytest.mark.parametrize("module", ["etchat_hf", "etchat_hf.cli"])
+def test_the_package_and_its_command_line_load_nothing_slow(module):
     in_fresh_process(
-        "import sys, etchat_hf; assert not {'torch', 'av', 'decord', 'torchcodec', 'accelerate'} & sys.modules.keys()"
+        f"import sys, {module}; assert not {{'torch', 'transformers', 'datasets', 'av', 'decord'}} & sys.modules.keys()"
     )
 
 
@@ -56,5 +58,6 @@ def test_an_auto_class_makes_a_model_of_our_configuration():
 def test_names_are_listed_and_unknown_ones_refused():
     assert set(etchat_hf.__all__) <= set(dir(etchat_hf))
     assert all(getattr(etchat_hf, name).__name__ == name for name in etchat_hf.__all__)
+    assert all(getattr(etchat_hf.data, name) is not None for name in etchat_hf.data.__all__)
     with pytest.raises(AttributeError, match="ETChatModle"):
         etchat_hf.ETChatModle  # noqa: B018

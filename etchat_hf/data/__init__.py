@@ -38,12 +38,17 @@ there are clips `pixel_values`, `frame_times`, `placeholder_clips`, `qformer_inp
 where there are `<vid>` `vid_times`.
 """
 
-from etchat_hf.data.collator import ETChatDataCollator
-from etchat_hf.data.dataset import ETChatDataset, SampleKey, build_dataset
-from etchat_hf.data.encoding import SampleEncoder
-from etchat_hf.data.sampler import ETChatBatchSampler
-from etchat_hf.data.skips import UnusableDataError
-from etchat_hf.data.stages import STAGES, DataSource, ETChatDataArguments, StageData
+from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .collator import ETChatDataCollator
+    from .dataset import ETChatDataset, SampleKey, build_dataset
+    from .encoding import SampleEncoder
+    from .sampler import ETChatBatchSampler
+    from .skips import UnusableDataError
+    from .stages import STAGES, DataSource, ETChatDataArguments, StageData
 
 __all__ = [
     "STAGES",
@@ -58,3 +63,20 @@ __all__ = [
     "UnusableDataError",
     "build_dataset",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "DataSource": "stages",
+        "ETChatBatchSampler": "sampler",
+        "ETChatDataArguments": "stages",
+        "ETChatDataCollator": "collator",
+        "ETChatDataset": "dataset",
+        "STAGES": "stages",
+        "SampleEncoder": "encoding",
+        "SampleKey": "dataset",
+        "StageData": "stages",
+        "UnusableDataError": "skips",
+        "build_dataset": "dataset",
+    },
+)

@@ -1,8 +1,8 @@
 """Claim: `etchat compress` takes at most 1.5 times as long as a bare PyAV transcode of the same files.
 
-The bare transcode decodes every file, keeps the frames that a step of 1 / fps seconds calls for, scales them, and encodes
-them with the same settings in the same number of processes. It neither looks for exact times, nor reads back what
-it wrote, nor makes files appear at once, nor can it go on where it was stopped: what these cost is the ratio.
+The bare transcode decodes every file, keeps the frames that a step of 1 / fps seconds calls for, scales them, and
+encodes them with the same settings in the same number of processes. It neither looks for exact times, nor reads back
+what it wrote, nor makes files appear at once, nor can it go on where it was stopped: these cost what the ratio says.
 Run as `python benchmarks/compression.py [--videos N] [--repeats N] [--workers N]`.
 """
 

@@ -100,8 +100,6 @@ def _parts(text: str, clip: dict) -> list[dict]:
         if after_clip and before_clip and piece == "\n":
             piece = ""
         elif piece or (after_clip and before_clip):
-            if (after_clip and piece[:1] != "\n") or (before_clip and piece[-1:] != "\n"):
-                raise ValueError(f"the placeholder {IMAGE_TOKEN} must stand on a line of its own")
             piece = piece[after_clip : len(piece) - before_clip]
             parts.append({"type": "text", "text": piece})
         if before_clip:

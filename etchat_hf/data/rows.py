@@ -19,8 +19,17 @@ def modality_of(row: dict) -> str:
 
 def duration_of(row: dict) -> float:
     """`duration` in seconds; NaN where there is none."""
-    value = row.get("duration")
-    return float(value) if isinstance(value, int | float) else math.nan
+    return _number(row.get("duration"))
+
+
+def _number(value: object) -> float:
+    """NaN for what is no number, which `True` is not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def words_of_first_answer(row: dict) -> int:
@@ -39,8 +48,10 @@ def read_turns(row: dict) -> list[tuple[str, str]]:
         ValueError: if there is no question with an answer, a role is unknown or out of turn, or a text is not a text.
     """
     turns = row.get("conversations")
-    if not isinstance(turns, list) or not turns:
+    if not turns:
         raise ValueError("there are no conversations")
+    if not isinstance(turns, list):
+        raise ValueError(f"conversations is {turns!r:.40}; it must be a list of turns")
     read = []
     for turn in turns:
         if not isinstance(turn, dict) or turn.get("from") not in ROLES:
@@ -62,7 +73,7 @@ def read_turns(row: dict) -> list[tuple[str, str]]:
 def check_clip(row: dict, turns: list[tuple[str, str]]) -> None:
     """
     Raises:
-        ValueError: if there are an image *and* a video, or placeholders where no clip can be shown.
+        ValueError: if there are an image *and* a video, or placeholders where no clip can be shown or within a line.
     """
     if row.get("image") and row.get("video"):
         raise ValueError("there are an image and a video; only one of them can be shown")
@@ -70,6 +81,8 @@ def check_clip(row: dict, turns: list[tuple[str, str]]) -> None:
         if IMAGE_TOKEN in text and (role == "assistant" or modality_of(row) == "text"):
             where = "an answer" if role == "assistant" else "a question without image or video"
             raise ValueError(f"{where} holds the placeholder {IMAGE_TOKEN}")
+        if any(IMAGE_TOKEN in line and line != IMAGE_TOKEN for line in text.split("\n")):
+            raise ValueError(f"the placeholder {IMAGE_TOKEN} must stand on a line of its own")
 
 
 def read_times(row: dict, turns: list[tuple[str, str]], use_matching: bool) -> list[float]:
@@ -109,8 +122,8 @@ def _seconds(row: dict, key: str) -> list[float]:
     if not isinstance(values, list):
         raise ValueError(f"{key} is {values!r}; it must be a list of seconds")
     for value in values:
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ValueError(f"{key} holds {value!r}; times must be numbers of at least 0")
+        if not 0 <= _number(value) < math.inf:
+            raise ValueError(f"{key} holds {value!r:.40}; times must be numbers of at least 0")
     return [float(value) for value in values]
 
 

@@ -131,8 +131,18 @@ class ETChatTrainingArguments(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns would remove the model's inputs; set it to False.")
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches or self.ignore_data_skip:
+            raise ValueError(
+                "split_batches, dispatch_batches and ignore_data_skip would deal rows out twice or lose their place; "
+                "leave them out."
+            )
         if self.save_dtype not in DTYPES:
             raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be one of {', '.join(DTYPES)}.")
+        for name in ("per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.lora_learning_rate is not None and self.lora_learning_rate < 0:
+            raise ValueError(f"lora_learning_rate is {self.lora_learning_rate}; it must not be negative.")
         if self.global_batch_size is not None:
             self._derive_accumulation()
 

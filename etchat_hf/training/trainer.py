@@ -69,10 +69,11 @@ class ETChatTrainer(Trainer):
 
     def _check_precision(self) -> None:
         frozen = {parameter.dtype for parameter in self.model.parameters() if not parameter.requires_grad}
-        if self.accelerator.mixed_precision == "no" and frozen - {torch.float32}:
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
+        if frozen - {torch.float32, mixed}:
             raise ValueError(
-                f"{self.base_model}: frozen parameters are {', '.join(map(str, frozen))}, trained ones float32; "
-                "set bf16 or fp16, or dtype to float32."
+                f"{self.base_model}: frozen parameters are {', '.join(map(str, frozen))}, trained ones float32, and "
+                f"mixed precision is {self.accelerator.mixed_precision!r}; set bf16 or fp16, or dtype to float32."
             )
 
     def _check_sharding(self) -> None:

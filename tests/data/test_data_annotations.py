@@ -19,6 +19,7 @@ ROWS = [
     image_row(1) | {"nested": {"conversations": [[], {}]}, "empty": ""},
     text_row(2),
     video_row(3, duration="unknown"),
+    video_row(4, duration=10**400),
 ]
 
 
@@ -49,9 +50,10 @@ def test_rows_are_read_back_whatever_the_layout_and_chunks(tmp_path, monkeypatch
     (file,) = open_annotations(str(path))
     assert [file.read(i) for i in range(len(file.index))] == ROWS
     assert list(file.read_all()) == ROWS
-    assert file.index.duration[0] == 7 and np.isnan(file.index.duration[1:]).all()
-    assert file.index.words.tolist() == [51, 3, 2, 5]
-    assert file.index.modality.tolist() == [2, 1, 0, 2]
+    assert file.index.duration[0] == 7 and np.isnan(file.index.duration[1:4]).all()
+    assert file.index.duration[4] == np.inf
+    assert file.index.words.tolist() == [51, 3, 2, 5, 5]
+    assert file.index.modality.tolist() == [2, 1, 0, 2, 2]
 
 
 @pytest.mark.parametrize(

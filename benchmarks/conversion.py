@@ -8,6 +8,7 @@ system drops them when it needs to. Run as `python benchmarks/conversion.py [--f
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -95,8 +96,10 @@ def main() -> int:
         source, destination = Path(folder) / "original", Path(folder) / "written"
         size = write_original(source, FULL if options.full_size else SMALL)
         for _ in range(options.repeats):
+            os.sync()  # or whoever comes second waits until what was written before is on the disk
             copying = copy(source, destination)
             shutil.rmtree(destination)
+            os.sync()
             converted = in_fresh_process("--convert", str(source), str(destination))
             shutil.rmtree(destination)
             ratios.append(converted["seconds"] / copying)

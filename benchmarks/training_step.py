@@ -17,7 +17,7 @@ from reporting import note, report
 from torch.nn.functional import cross_entropy
 
 MEMORY_LIMIT, TIME_LIMIT, LOSS_LIMIT = 0.5, 0.8, 1e-5
-CLIPS, TEXT, TARGETS = 4, 992, 4
+CLIPS, TEXT, TARGETS = 2, 2016, 4  # a long conversation about each clip
 
 
 def build_batch(model) -> dict:

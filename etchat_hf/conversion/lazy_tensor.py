@@ -4,12 +4,44 @@ A 5-billion-parameter checkpoint passes through as memory-mapped views; only wha
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+READ_AT_ONCE = 1 << 21  # bytes read at once: what is read is still in the processor's cache when it is written
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """
+    The `row_blocks` of a tensor that a file holds as it is.
+
+    Args:
+        path (`str`): the file.
+        offset, size (`int`): where its bytes are.
+        view (`Callable[[], Tensor]`): maps it.
+    """
+
+    path: str
+    offset: int
+    size: int
+    view: Callable[[], Tensor]
+
+    def __call__(self) -> tuple[Tensor]:
+        return (self.view(),)
+
+    def read(self) -> Iterator[memoryview]:
+        """Its bytes, chunk by chunk, each valid until the next; twice as fast as through the mapping."""
+        buffer = memoryview(bytearray(min(READ_AT_ONCE, self.size)))
+        left = self.size
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.offset)
+            while left and (count := file.readinto(buffer[:left])):
+                yield buffer[:count]
+                left -= count
 
 
 @dataclass(frozen=True)

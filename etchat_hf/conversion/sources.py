@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import re
+import struct
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from .lazy_tensor import LazyTensor, merge_lora
+from .lazy_tensor import LazyTensor, StoredBytes, merge_lora
 
 DTYPES = {
     "F64": torch.float64,
@@ -103,12 +104,16 @@ def read_safetensors(path: Path) -> dict[str, LazyTensor]:
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error}).") from error
 
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+
     def lazy(key: str) -> LazyTensor:
-        entry = handle.get_slice(key)
-        if entry.get_dtype() not in DTYPES:
-            raise ValueError(f"{path}: {key}: dtype {entry.get_dtype()} is not supported.")
-        dtype = DTYPES[entry.get_dtype()]
-        return LazyTensor((key,), str(path), tuple(entry.get_shape()), dtype, lambda: (handle.get_tensor(key),))
+        code, (start, end) = header[key]["dtype"], header[key]["data_offsets"]
+        if code not in DTYPES:
+            raise ValueError(f"{path}: {key}: dtype {code} is not supported.")
+        stored = StoredBytes(str(path), 8 + length + start, end - start, lambda: handle.get_tensor(key))
+        return LazyTensor((key,), str(path), tuple(header[key]["shape"]), DTYPES[code], stored)
 
     return {key: lazy(key) for key in handle.keys()}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .lazy_tensor import LazyTensor
+from .lazy_tensor import LazyTensor, StoredBytes
 from .sources import DTYPES
 
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -119,6 +119,9 @@ def _write_safetensors(path: Path, tensors: dict[str, LazyTensor], dtypes: dict[
 
 
 def _bytes_of(tensor: LazyTensor, dtype: torch.dtype) -> Iterator[memoryview]:
+    if isinstance(tensor.row_blocks, StoredBytes) and dtype == tensor.dtype:
+        yield from tensor.row_blocks.read()
+        return
     for block in tensor.row_blocks():
         for chunk in block.contiguous().reshape(-1).split(CHUNK):
             yield memoryview(chunk.to(dtype).view(torch.uint8).numpy())

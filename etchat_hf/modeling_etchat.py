@@ -448,19 +448,20 @@ class ETChatModel(ETChatPreTrainedModel):
         if qformer_input_ids is None:
             raise ValueError("Frames need qformer_input_ids and qformer_attention_mask, a text per placeholder.")
         texts = qformer_input_ids, qformer_attention_mask
+        frames, asked = len(vision_features), len(qformer_input_ids)
+        size = max(1, CHUNK_FRAMES * frames // max(frames, asked))
         # Training keeps all activations anyway, and processes in lockstep must make the same steps.
-        if len(vision_features) <= CHUNK_FRAMES or torch.is_grad_enabled() or _in_lockstep(self):
+        if size >= frames or torch.is_grad_enabled() or _in_lockstep(self):
             return self.compressor(vision_features, *texts, frame_index)
         if frame_index is None:
-            frame_index = torch.arange(len(vision_features), device=qformer_input_ids.device)
-        chunk_of = frame_index // CHUNK_FRAMES
+            frame_index = torch.arange(frames, device=qformer_input_ids.device)
         order, embeds = [], []
-        for number, chunk in enumerate(vision_features.split(CHUNK_FRAMES)):
-            asked = (chunk_of == number).nonzero().flatten()
-            if len(asked):
-                index = frame_index[asked] - number * CHUNK_FRAMES
-                embeds.append(self.compressor(chunk, *(text[asked] for text in texts), index))
-                order.append(asked)
+        for number, chunk in enumerate(vision_features.split(size)):
+            rows = (frame_index // size == number).nonzero().flatten()
+            if len(rows):
+                index = frame_index[rows] - number * size
+                embeds.append(self.compressor(chunk, *(text[rows] for text in texts), index))
+                order.append(rows)
         return torch.cat(embeds)[torch.cat(order).argsort().to(embeds[0].device)]
 
     @capture_outputs

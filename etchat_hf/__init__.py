@@ -68,6 +68,8 @@ class _NamesForAutoClasses(MetaPathFinder):
         if name not in _TABLES:
             return None
         spec = PathFinder.find_spec(name, path, target)
+        if spec is None:
+            return None
         exec_module = spec.loader.exec_module
 
         def exec_and_extend(module):

@@ -80,9 +80,12 @@ def ask(
     questions = questions or []
     _check_ask(questions, src, max_frames, window, overlap, interactive)
     from etchat_hf.clip_encoder import ClipEncoder
-    from etchat_hf.inference import Chat, ask_each, ask_windows, frame_budget, load
+    from etchat_hf.inference import Chat, ask_each, ask_windows, check_windows, frame_budget, load, share_times
     from etchat_hf.toy import bundled_checkpoint
 
+    share_times(questions, src)
+    if window is not None:
+        check_windows(window, overlap)
     if model is None:
         typer.echo("No --model: the bundled toy answers, which knows coloured shapes and nothing else.", err=True)
     network, processor = load(model or bundled_checkpoint(), dtype=dtype, device=device)

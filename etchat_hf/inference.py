@@ -202,8 +202,7 @@ def ask_windows(
     Raises:
         FileNotFoundError, ValueError: as [`ask`]; also if a window is not longer than its overlap.
     """
-    if not 0 <= overlap < window:
-        raise ValueError(f"window is {window} s and overlap {overlap} s; a window must be longer than its overlap.")
+    check_windows(window, overlap)
     clip = _encoded(model, processor, video, fps, max_frames=sys.maxsize)  # each window is its own prompt
     starts = np.arange(0.0, max(clip.metadata["duration"] - overlap, 1e-9), window - overlap).tolist()
     parts = [(start, clip.window(start, start + window)) for start in starts]
@@ -234,6 +233,12 @@ def ask_windows(
         "windows": windows,
         **_sampling(clip, fps, processor),
     }
+
+
+def check_windows(window: float, overlap: float):
+    """ValueError unless windows of so many seconds, which share `overlap` of them, can follow each other."""
+    if not 0 <= overlap < window:
+        raise ValueError(f"window is {window} s and overlap {overlap} s; a window must be longer than its overlap.")
 
 
 def merge_spans(spans: list[list[float]]) -> list[list[float]]:

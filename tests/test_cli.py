@@ -112,6 +112,19 @@ def test_usage_errors_exit_with_2(capsys, clip):
     assert run(capsys, "nonsense")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("After <vid>?",), "1 <vid>, but src gives 0"),
+        (("When?", "--window", "0"), "longer than its overlap"),
+        (("When?", "--window", "5", "--overlap", "5"), "longer than its overlap"),
+    ],
+)
+def test_what_needs_no_model_is_checked_before_one_is_loaded(capsys, clip, options, message):
+    code, _, err = run(capsys, "ask", clip, *options, "--model", "no/such/model")
+    assert code == 2 and message in err
+
+
 def test_verify_reports(capsys, converted):
     code, out, _ = run(capsys, "verify", converted)
     assert code == 0

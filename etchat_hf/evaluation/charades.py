@@ -42,10 +42,11 @@ def _read_target(row: dict, name: str) -> list[float]:
 
 @dataclass
 class Moment:
-    """One scored prediction: its row, the row's name, the predicted span (seconds) or None if it failed, the IoU."""
+    """One scored prediction: its row, the row's name, the true and the predicted span (seconds; None if it failed)."""
 
     row: dict
     name: str
+    target: list[float]
     predicted: list[float] | None
     iou: float
 
@@ -61,7 +62,7 @@ def score_charades(rows: Sequence[dict], names: Sequence[str] | None = None) -> 
         target, predicted = _read_target(row, name), _read_prediction(row, name, problems)
         # float32 decides ties with a threshold, as in the published figures: 7 / 10 falls just below 0.7.
         iou = float(pairwise_iou([predicted], [target], np.float32)[0, 0]) if predicted else 0.0
-        moments.append(Moment(row, name, predicted, iou))
+        moments.append(Moment(row, name, target, predicted, iou))
     return moments, problems
 
 

@@ -1,6 +1,7 @@
 """`etchat evaluate`: scores prediction files; parsing and printing only."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,7 @@ def etbench(
     html: Html = None,
 ) -> None:
     """Score E.T. Bench answers: 12 tasks, by source, beside the published figures."""
+    _check_targets(output, html)
     rows, names = load_predictions(predictions)
     chosen = read_json(subset) if subset else None
     if subset:
@@ -48,36 +50,45 @@ def etbench(
     result = summarize_etbench(scores)
     result["problems"] |= read_failures(predictions)
     _print(etbench_tables(result), result)
-    _write(result, output, html, etbench_page(scores, result))
+    _write(result, output, html, lambda: etbench_page(scores, result))
 
 
 @app.command()
 def charades(predictions: Predictions, output: Output = None, html: Html = None) -> None:
     """Score Charades-STA predictions beside the published figures."""
+    _check_targets(output, html)
     rows, names = load_predictions(predictions)
     moments, problems = score_charades(rows, names)
     result = summarize_charades(moments, problems)
     result["problems"] |= read_failures(predictions)
     _print([charades_table(result)], result)
-    _write(result, output, html, charades_page(moments, result))
+    _write(result, output, html, lambda: charades_page(moments, result))
 
 
 @app.command()
 def mvbench(predictions: Predictions, output: Output = None, html: Html = None) -> None:
     """Score MVBench answers."""
+    _check_targets(output, html)
     rows, names = load_predictions(predictions)
     choices, problems = score_mvbench(rows, names)
     result = summarize_mvbench(choices, problems)
     result["problems"] |= read_failures(predictions)
     _print([mvbench_table(result)], result)
-    _write(result, output, html, mvbench_page(choices, result))
+    _write(result, output, html, lambda: mvbench_page(choices, result))
 
 
-def _write(result: dict, output: Path | None, html: Path | None, page: Page) -> None:
+def _check_targets(*paths: Path | None) -> None:
+    """Refuses what cannot be written to before it is scored, which can take minutes."""
+    for path in paths:
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"{path}: this is a folder; give a file")
+
+
+def _write(result: dict, output: Path | None, html: Path | None, make_page: Callable[[], Page]) -> None:
     if output:
         write_atomic(output, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     if html:
-        write_atomic(html, render(page))
+        write_atomic(html, render(make_page()))
 
 
 def _print(tables: list[Table], result: dict) -> None:

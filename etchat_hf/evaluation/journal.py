@@ -31,7 +31,8 @@ class Journal:
         self.records += records
         if self._path is None or not records:
             return
-        with open(self._path, "a", encoding="utf-8") as file:
+        # A reason may quote what UTF-8 does not have; it is written as JSON escapes it.
+        with open(self._path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())

@@ -125,7 +125,7 @@ def charades_page(moments: Sequence[Moment], result: dict) -> Page:
             failed=moment.predicted is None,
             measure="IoU",
             score=moment.iou,
-            target=[tuple(moment.row["span"])],
+            target=[tuple(moment.target)],
             predicted=[tuple(moment.predicted)] if moment.predicted else [],
         )
         for moment in moments

@@ -185,8 +185,6 @@ def write_atomic(path: str | Path, text: str) -> None:
         OSError: If it cannot be written.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: this is a folder; give a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

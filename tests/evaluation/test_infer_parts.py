@@ -177,6 +177,12 @@ def test_pending_rows_keep_their_company():
     assert leave_out_answered(groups, {5}) == [[[4, 5, 6, 7]]]
 
 
+def test_journal_keeps_reasons_that_are_no_unicode_text(tmp_path):
+    record = {"row": 0, "error": "no \ud800.mp4 in videos"}
+    Journal(tmp_path).append([record])
+    assert read_journals(tmp_path) == [record]
+
+
 def test_journal_survives_a_torn_line(tmp_path):
     for process, rows in enumerate([(0, 1), (2,)]):
         journal = Journal(tmp_path, process)

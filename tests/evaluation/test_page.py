@@ -99,6 +99,12 @@ def test_texts_of_files_are_no_markup(tmp_path, benchmark):
     assert any(ATTACK in text for text in page.texts)
 
 
+def test_a_span_in_a_list_of_its_own_is_drawn(tmp_path):
+    row = {"vid": "V", "query": "q", "span": [[0, 5]], "pred": [1, 5], "response": "1 - 5"}
+    _, page = write_page("charades", [row], tmp_path)
+    assert page.count("svg", **{"class": "timeline"}) == 1
+
+
 def test_a_page_of_nothing_but_failures(tmp_path):
     row = {"vid": "V", "query": "q", "span": [0, 1], "pred": None, "response": ""}
     _, page = write_page("charades", [row], tmp_path)

@@ -35,6 +35,7 @@ APP = []  # the browser app will need a server; until it is there the extra is e
 DEV = [
     "pytest>=8",  # test runner
     "ruff>=0.14",  # lint and format
+    "matplotlib>=3.10",  # plots of how cost grows (`make bench`)
     "imageio-ffmpeg>=0.6",  # FFmpeg's own listing of frames and times, which the video tests compare with
 ]
 

@@ -19,7 +19,7 @@ def now() -> float:
     Seconds of a clock that measures work: on a GPU, what it was given until now is done; on a CPU with a single thread
     the processor time of this process, of which other programs take nothing.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
@@ -75,7 +75,7 @@ def peak_memory(interval: float = 0.002):
         [`PeakMemory`], filled in when the block ends.
     """
     peak, stop = PeakMemory(), threading.Event()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -109,12 +109,12 @@ def in_fresh_process(*arguments: str) -> dict:
 def profile_table(work: Callable[[], object], rows: int = 12) -> str:
     """Where one call spends its time: a Markdown table of the operators that cost most by themselves."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         work()
         now()
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_initialized()
     events = profile.key_averages()
     cost = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
     calls = {event.key: event.count for event in events}

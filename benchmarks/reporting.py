@@ -31,7 +31,7 @@ def report(
     low, high = min(values), max(values)
     side = "limit" if at_most else "at least"
     figures = f"median {median:.3g} {unit} (min {low:.3g}, max {high:.3g}; {side} {limit:g})"
-    print(f"{claim}: {figures}{'' if held else '  MISSED'}", flush=True)
+    print(f"{claim}: {figures.replace('  ', ' ')}{'' if held else ' MISSED'}", flush=True)
     _record(
         claim=claim,
         median=median,

@@ -22,6 +22,7 @@ from reporting import RESULTS_VARIABLE
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "RESULTS.md"
 HELPERS = {"measuring.py", "mid_size.py", "reporting.py", "run.py"}
+FULL_SIZE_ON_GPU = {"decoding.py", "training_step.py", "vision.py"}
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "numpy", "av", "decord", "torchao")
 
 
@@ -36,6 +37,11 @@ def main() -> int:
     for name in chosen or names:
         print(f"== {name}", flush=True)
         entries, minutes, broke = run_script(name)
+        if name in FULL_SIZE_ON_GPU and torch.cuda.is_available():
+            more = run_script(name, "--device", "cuda", "--full-size")
+            entries, minutes, broke = entries + more[0], minutes + more[1], broke or more[2]
+        elif name in FULL_SIZE_ON_GPU:
+            entries.append({"claim": "The same at full size, in bfloat16 on a GPU", "not_run": "there is none here"})
         good = good and not broke and all(entry.get("held", True) or entry["reason"] for entry in entries)
         sections.append(section(name, entries, minutes, broke))
     partial = RESULTS.with_suffix(".partial")
@@ -45,14 +51,16 @@ def main() -> int:
     return int(not good)
 
 
-def run_script(name: str) -> tuple[list[dict], float, bool]:
+def run_script(name: str, *arguments: str) -> tuple[list[dict], float, bool]:
     """What a script recorded, how many minutes it took, and whether it ended otherwise than by its claims."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.jsonl"
         path.touch()
         start = time.perf_counter()
         process = subprocess.run(
-            [sys.executable, str(FOLDER / name)], env=os.environ | {RESULTS_VARIABLE: str(path)}, cwd=FOLDER.parent
+            [sys.executable, str(FOLDER / name), *arguments],
+            env=os.environ | {RESULTS_VARIABLE: str(path)},
+            cwd=FOLDER.parent,
         )
         minutes = (time.perf_counter() - start) / 60
         entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -31,6 +31,10 @@ EVAL = [
     "pycocoevalcap>=1.2",  # CIDEr and ROUGE-L as the field computes them, in pure Python
     "nltk>=3.9",  # METEOR without Java
 ]
+QUANTISED = [
+    "torchao>=0.18",  # int8 and int4 weights, also on CPUs
+    "bitsandbytes>=0.50",  # 4-bit weights on GPUs
+]
 APP = []  # the browser app will need a server; until it is there the extra is empty
 DEV = [
     "pytest>=8",  # test runner
@@ -57,9 +61,10 @@ setup(
     extras_require={
         "train": TRAIN,
         "eval": EVAL,
+        "quantised": QUANTISED,
         "app": APP,
         "dev": [*DEV, *TRAIN, *EVAL],
-        "all": [*TRAIN, *EVAL, *APP],
+        "all": [*TRAIN, *EVAL, *QUANTISED, *APP],
     },
     entry_points={
         "console_scripts": ["etchat = etchat_hf.cli:main"],

@@ -314,10 +314,20 @@ def _norm_linear(in_features: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(in_features, eps=LAYER_NORM_EPS), nn.Linear(in_features, out_features))
 
 
-def _match_head(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(width, eps=LAYER_NORM_EPS), nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width)
-    )
+class ETChatMatchHead(nn.Sequential):
+    """Where `<vid>` and frames are compared; stays in floating point where the rest is quantised."""
+
+    def __init__(self, width: int):
+        super().__init__(
+            nn.LayerNorm(width, eps=LAYER_NORM_EPS),
+            nn.Linear(width, width // 2),
+            nn.GELU(),
+            nn.Linear(width // 2, width),
+        )
+
+    def forward(self, states):
+        """`(..., width)` to `(..., width)`, in the dtype of the head."""
+        return super().forward(states.to(self[0].weight.dtype))
 
 
 def check_frame_blocks(config: ETChatConfig, attn_implementation: str):
@@ -681,6 +691,8 @@ def _gather(states: torch.Tensor, index: torch.LongTensor) -> torch.Tensor:
 class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedModel):
     """E.T. Chat with its language-model head and, with `use_matching`, the heads that match `<vid>` to a frame."""
 
+    # Beside float16's range, this is how transformers learns what not to quantise.
+    _keep_in_fp32_modules = ["vid_head", "frm_head"]
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _auto_class = "AutoModel"
 
@@ -690,8 +702,8 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         self.model = ETChatModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         if config.use_matching:
-            self.vid_head = _match_head(text.hidden_size)
-            self.frm_head = _match_head(text.hidden_size)
+            self.vid_head = ETChatMatchHead(text.hidden_size)
+            self.frm_head = ETChatMatchHead(text.hidden_size)
         self.post_init()
 
     @torch.no_grad()
@@ -716,7 +728,7 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         self.config.match_token_id, self.config.use_matching = match_token_id, True
         self.config.validate_combinations()
         for name in ("vid_head", "frm_head"):
-            head = _match_head(text.hidden_size).to(self.lm_head.weight)
+            head = ETChatMatchHead(text.hidden_size).to(self.lm_head.weight)
             head.apply(self._init_weights)
             setattr(self, name, head)
 

@@ -105,6 +105,13 @@ def test_the_scoring_example_runs():
     assert run.stdout == "{'TVG': 1.0} 0.94444\n", run.stderr
 
 
+def test_the_quantised_example_runs(workplace):
+    pytest.importorskip("torchao")
+    (example,) = [block for block in blocks("python") if "torchao" in block]
+    run = subprocess.run([sys.executable, "-c", example], cwd=workplace, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_quickstart_runs():
     run = subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart.py")], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

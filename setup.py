@@ -63,7 +63,7 @@ setup(
         "eval": EVAL,
         "quantised": QUANTISED,
         "app": APP,
-        "dev": [*DEV, *TRAIN, *EVAL],
+        "dev": [*DEV, *TRAIN, *EVAL, *QUANTISED],
         "all": [*TRAIN, *EVAL, *QUANTISED, *APP],
     },
     entry_points={

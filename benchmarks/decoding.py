@@ -87,7 +87,9 @@ TENSORS = ("input_ids", "attention_mask", "vision_features", "qformer_input_ids"
 
 
 def main() -> int:
-    options = parse(build_parser(__doc__))
+    parser = build_parser(__doc__)
+    parser.set_defaults(repeats=9)
+    options = parse(parser)
     model = build_model(options.full_size, options.device)
     inputs = encoded(model, build_inputs(model))
     profile = profile_table(lambda: model.generate(**inputs, **settings(TOKENS)))

@@ -17,7 +17,8 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from etchat_hf.modeling_etchat import CHUNK_FRAMES, CPU_CHUNK_FRAMES
 
-TIME_LIMIT, MEMORY_LIMIT = 1.25, 1.25
+TIME_LIMIT = 1.25
+MEMORY_LIMIT = 1.5  # for 8 times the frames, and 4 times the questions; a few chunks' worth of noise
 FEW, MANY, QUESTIONS = 32, 256, 16
 
 

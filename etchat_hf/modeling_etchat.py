@@ -528,7 +528,7 @@ class ETChatModel(ETChatPreTrainedModel):
             shown = _gather(frame_embeds, vid_frames.round().long())
             inputs_embeds = torch.where(is_vid[..., None], inputs_embeds + shown, inputs_embeds)
 
-        outputs = self._decode(
+        last_hidden, match_states, last_states, past_key_values = self._decode(
             inputs_embeds,
             attention_mask,
             position_ids,
@@ -537,12 +537,15 @@ class ETChatModel(ETChatPreTrainedModel):
             layout.blocks if layout is not None else None,
             **kwargs,
         )
-        if layout is not None:
-            outputs.frame_states = _gather(outputs.frame_states, layout.positions)
-        else:
-            outputs.frame_states = None
-        outputs.frame_embeds, outputs.frame_mask, outputs.vid_frames = frame_embeds, frame_mask, vid_frames
-        return outputs
+        return ETChatModelOutputWithPast(
+            last_hidden_state=last_hidden,
+            past_key_values=past_key_values,
+            match_states=match_states,
+            frame_states=_gather(last_states, layout.positions) if layout is not None else None,
+            frame_embeds=frame_embeds,
+            frame_mask=frame_mask,
+            vid_frames=vid_frames,
+        )
 
     def _encode(self, pixel_values):
         if pixel_values is None:
@@ -606,8 +609,14 @@ class ETChatModel(ETChatPreTrainedModel):
         use_cache,
         blocks,
         **kwargs,
-    ) -> ETChatModelOutputWithPast:
-        """The decoder blocks, one by one, because matching reads the last two of them before the final norm."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Cache | None]:
+        """
+        The decoder blocks, one by one, because matching reads the last two of them before the final norm.
+
+        Returns:
+            The output of the final norm, of the last block but one and of the last block, `(B, L, hidden)` each, and
+            the cache.
+        """
         decoder = self.language_model
         if use_cache is None:
             use_cache = decoder.config.use_cache and not self.training
@@ -634,12 +643,7 @@ class ETChatModel(ETChatPreTrainedModel):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        return ETChatModelOutputWithPast(
-            last_hidden_state=decoder.norm(hidden),
-            past_key_values=past_key_values if use_cache else None,
-            match_states=match_states,
-            frame_states=hidden,
-        )
+        return decoder.norm(hidden), match_states, hidden, past_key_values if use_cache else None
 
     @staticmethod
     def create_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids, blocks=None) -> dict:

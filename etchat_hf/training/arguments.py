@@ -34,6 +34,8 @@ class ETChatModelArguments:
             `"attention"` or `"linear"`: LoRA on these layers of the language model. By default none.
         lora_r, lora_alpha (`int`, *optional*, default to 128 and 256), lora_dropout (`float`, defaults to 0.05):
             LoRA's rank, scale and dropout.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Whether the language model is frozen in 4 bits by bitsandbytes (QLoRA); needs `lora_targets`.
 
     Raises:
         ValueError: for options that do not exist or exclude each other.
@@ -49,6 +51,7 @@ class ETChatModelArguments:
     lora_r: int = field(default=128, metadata={"help": "LoRA's rank."})
     lora_alpha: int = field(default=256, metadata={"help": "LoRA's scale."})
     lora_dropout: float = field(default=0.05, metadata={"help": "LoRA's dropout."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the language model is frozen in 4 bits."})
 
     def __post_init__(self):
         if self.tuning_mode not in TUNING_MODES:
@@ -64,6 +67,8 @@ class ETChatModelArguments:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}; it must be at least 0 and less than 1.")
+        if self.load_in_4bit and self.lora_targets is None:
+            raise ValueError("load_in_4bit freezes the language model in 4 bits; give lora_targets to train it.")
 
 
 @dataclass

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers import BitsAndBytesConfig
 
 from ..configuration_etchat import ETChatConfig
 from ..conversion.tokens import build_generation_config
@@ -67,10 +68,14 @@ def load_model(
             attn_implementation=arguments.attn_implementation,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            quantization_config=_four_bits() if arguments.load_in_4bit else None,
         )
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be loaded: {error}") from error
     check_complete(path, info)
+    if arguments.load_in_4bit:
+        # What training writes is an adapter, for the base in any precision, and a merged model in full.
+        del model.config.quantization_config
     if stage.use_matching and not config.use_matching:
         model.enable_matching(processor.match_token_id)
     for name in ("bi_attention", "use_time_tag"):
@@ -92,6 +97,17 @@ def load_model(
         )
     set_trained(model, arguments.tuning_mode)
     return model
+
+
+def _four_bits() -> BitsAndBytesConfig:
+    """QLoRA's settings (https://arxiv.org/abs/2305.14314), for the language model alone."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["model.vision_tower", "model.compressor", "lm_head"],
+    )
 
 
 def _follow_stage(model: ETChatForConditionalGeneration, processor: ETChatProcessor, stage: StageData) -> None:

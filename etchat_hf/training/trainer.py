@@ -68,7 +68,11 @@ class ETChatTrainer(Trainer):
             )
 
     def _check_precision(self) -> None:
-        frozen = {parameter.dtype for parameter in self.model.parameters() if not parameter.requires_grad}
+        frozen = {
+            parameter.dtype
+            for parameter in self.model.parameters()
+            if not parameter.requires_grad and parameter.is_floating_point()  # quantised ones are not
+        }
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.float32)
         if frozen - {torch.float32, mixed}:
             raise ValueError(

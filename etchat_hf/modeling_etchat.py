@@ -23,6 +23,7 @@ from transformers.masking_utils import create_masks_for_generate, or_masks
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerMultiHeadAttention
 from transformers.utils import can_return_tuple
+from transformers.utils.generic import maybe_autocast
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_etchat import ETChatConfig
@@ -416,7 +417,8 @@ class ETChatModel(ETChatPreTrainedModel):
     def get_vision_features(self, pixel_values: torch.FloatTensor) -> torch.FloatTensor:
         """
         Encodes frames, once for any number of questions: pass the result on as `vision_features`. Beyond the result
-        it takes the memory of a few frames only.
+        it takes the memory of a few frames only. The encoder computes in its own dtype, under autocast too: frozen as
+        it is, frames have the same features in training, evaluation and inference.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(N, 3, size, size)`): normalised frames.
@@ -429,7 +431,8 @@ class ETChatModel(ETChatPreTrainedModel):
             size = len(pixel_values)
         features = None
         for number, chunk in enumerate(pixel_values.split(size)):
-            patches = self.vision_tower(chunk.to(self.vision_tower.dtype)).last_hidden_state[:, 1:]
+            with maybe_autocast(chunk.device.type, enabled=False):
+                patches = self.vision_tower(chunk.to(self.vision_tower.dtype)).last_hidden_state[:, 1:]
             if features is None:
                 features = patches.new_empty(len(pixel_values), *patches.shape[1:])
             features[number * size : number * size + len(patches)] = patches

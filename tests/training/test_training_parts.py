@@ -76,6 +76,24 @@ def test_training_with_the_cache_changes_nothing(start, toy_data, tmp_path):
     assert list((tmp_path / "c").glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_changes_nothing_under_mixed_precision(start, toy_data, tmp_path, dtype):
+    histories = []
+    for cache in (None, str(tmp_path / "c"), str(tmp_path / "c")):
+        trainer = build_trainer(
+            start,
+            toy_data,
+            tmp_path / "out",
+            model_options={"dtype": dtype},
+            save_strategy="no",
+            bf16=True,
+            vision_cache_dir=cache,
+        )
+        trainer.train()
+        histories.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert histories[0] == histories[1] == histories[2]
+
+
 def test_half_precision_trains_and_evaluates(start, toy_data, tmp_path):
     options = {"tuning_mode": "attention", "lora_targets": "attention", "lora_r": 4, "dtype": "bfloat16"}
     trainer = build_trainer(

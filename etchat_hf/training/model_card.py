@@ -39,11 +39,12 @@ def public_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def write_model_card(folder: Path, trainer) -> None:
-    """Writes README.md about what [`ETChatTrainer`] `trainer` did."""
+def write_model_card(folder: Path, trainer, steps: int) -> None:
+    """Writes README.md about what [`ETChatTrainer`] `trainer` did in its first `steps` steps."""
     args = trainer.args
     lora = trainer.model.peft_config["default"] if hasattr(trainer.model, "peft_config") else None
-    last = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
+    history = [entry for entry in trainer.state.log_history if entry["step"] <= steps]
+    last = {key: value for entry in history for key, value in entry.items()}
     facts = {
         "samples per step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "learning rate": args.learning_rate,
@@ -58,7 +59,7 @@ def write_model_card(folder: Path, trainer) -> None:
         base_line="" if is_folder else f"base_model: {trainer.base_model}\n",
         title=args.hub_model_id or args.run_name or public_name(str(folder)),
         place=args.hub_model_id or "path/to/this/folder",
-        steps=trainer.state.global_step,
+        steps=steps,
         tuning_mode=trainer.tuning_mode,
         lora=f", LoRA of rank {lora.r}" if lora else "",
         matching="on" if trainer.model.config.use_matching else "off",

@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..clip_encoder import ClipEncoder
@@ -218,11 +219,15 @@ class ETChatTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self._aside = None
         self.accelerator.wait_for_everyone()
+        if self.state.best_model_checkpoint == os.path.join(aside, name):
+            self.state.best_model_checkpoint = os.path.join(folder, name)
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
         if self.args.should_save:
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
             os.replace(os.path.join(aside, name), os.path.join(folder, name))
             os.rmdir(aside)
-            rotate_checkpoints(folder, save_total_limit=self.args.save_total_limit)
+            rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -243,34 +248,38 @@ class ETChatTrainer(Trainer):
 
     def save_stage(self) -> Path:
         """
-        Writes the stage's result into `output_dir`: the last checkpoint merged into one model, the processor, the code
-        and a model card; and pushes it with `push_to_hub`. To be called by all processes.
+        Writes the stage's result into `output_dir`: the last checkpoint (with `load_best_model_at_end` the best one)
+        merged into one model, the processor, the code and a model card; and pushes it with `push_to_hub`. To be called
+        by all processes.
 
         Returns:
             `Path`: `output_dir`.
         """
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if not checkpoint.is_dir():
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            checkpoint = Path(self.state.best_model_checkpoint)
+        elif not checkpoint.is_dir():
             self._save_checkpoint(self.model_wrapped, None)
+        steps = int(checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
         unset_hf_deepspeed_config()  # with it, ZeRO-3 would wait for the others while this process loads the model
         if self.is_world_process_zero():
             name = self.args.save_dtype
             dtype = stored_dtype(self.base_model) if name == "auto" else getattr(torch, name)
             merge_checkpoint(checkpoint, folder, dtype)
             self.processing_class.save_pretrained(folder)
-            write_model_card(folder, self)
+            write_model_card(folder, self, steps)
             if self.args.push_to_hub:
-                self._push_stage(folder)
+                self._push_stage(folder, steps)
         self.accelerator.wait_for_everyone()
         return folder
 
-    def _push_stage(self, folder: Path) -> None:
+    def _push_stage(self, folder: Path, steps: int) -> None:
         HfApi(token=self.args.hub_token).upload_folder(
             repo_id=self.hub_model_id,
             folder_path=folder,
             ignore_patterns=[f"{PREFIX_CHECKPOINT_DIR}-*", ".*", "runs/*", "*.jsonl"],
-            commit_message=f"Stage of {self.state.global_step} steps from {public_name(self.base_model)}",
+            commit_message=f"Stage of {steps} steps from {public_name(self.base_model)}",
             revision=self.args.hub_revision,
         )
 

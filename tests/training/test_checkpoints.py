@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from etchat_hf import ETChatConfig, ETChatForConditionalGeneration
 from etchat_hf.training import merge_checkpoint
@@ -15,6 +15,18 @@ from etchat_hf.training import merge_checkpoint
 from .runs import build_trainer, run, run_until_killed
 
 LORA = {"tuning_mode": "attention", "lora_targets": "linear", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
+
+
+class SpoilFrom(TrainerCallback):
+    """Makes a model worse before each step from a given one on."""
+
+    def __init__(self, trainer, step):
+        self.trainer, self.step = trainer, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step + 1 >= self.step:
+            for group in self.trainer.optimizer.param_groups:
+                group["lr"] = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +82,34 @@ def test_a_stage_ends_with_a_merged_model(stage, batch):
     assert loaded.config.use_matching and loaded.config.bi_attention
     card = open(f"{folder}/README.md", encoding="utf-8").read()
     assert "LoRA of rank 4" in card and "3 steps" in card
+
+
+@pytest.mark.parametrize("model_options", [{"tuning_mode": "projector"}, LORA])
+def test_a_stage_ends_with_the_best_checkpoint(start, toy_data, tmp_path, model_options):
+    trainer = build_trainer(
+        start,
+        toy_data,
+        tmp_path,
+        model_options=model_options,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        save_steps=1,
+        eval_steps=1,
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+    )
+    trainer.add_callback(SpoilFrom(trainer, 2))
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[0] < min(losses[1:])
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    trainer.save_stage()
+    trainer.model = trainer.model_wrapped = ETChatForConditionalGeneration.from_pretrained(tmp_path)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-3)
+    assert "Trained for 1 steps" in (tmp_path / "README.md").read_text()
 
 
 def test_merging_says_what_is_no_checkpoint(tmp_path):

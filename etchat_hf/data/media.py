@@ -3,6 +3,7 @@
 import io
 import os
 import posixpath
+import re
 import tempfile
 import urllib.parse
 from collections.abc import Iterator
@@ -39,7 +40,7 @@ def locate(root: str | None, name: str) -> str:
         raise ValueError(f"{name}: no root folder is set for it; set image_root or video_root")
     # Lexically, not by resolving links: data trees are often links to other disks, made by their owner.
     inside = posixpath.normpath(name.replace("\\", "/"))
-    if inside.startswith(("/", "../")) or inside == ".." or os.path.splitdrive(name)[0]:
+    if _leaves(inside) or os.path.splitdrive(name)[0]:
         raise ValueError(f"{name}: this path leaves the root folder {root}")
     if is_url(root):
         return f"{root.rstrip('/')}/{urllib.parse.quote(inside) if root.startswith('http') else inside}"
@@ -55,9 +56,25 @@ def _locate_url(root: str | None, url: str) -> str:
             raise ValueError(f"{url}: only {', '.join(URL_PREFIXES)} URLs can stand in annotations")
         return url
     inside = url.removeprefix(root if root.endswith("/") else f"{root}/")
-    if inside == url or "::" in url or posixpath.normpath(inside).startswith(("/", "..")):
+    if inside == url or "::" in url or _leaves(_as_clients_read(inside)):
         raise ValueError(f"{url}: this URL leaves the root folder {root}; without a root, URLs can be anywhere")
     return url
+
+
+def _leaves(inside: str) -> bool:
+    """Whether a relative path with / leads out of its folder."""
+    inside = posixpath.normpath(inside)
+    return inside.startswith(("/", "../")) or inside == ".."
+
+
+def _as_clients_read(path: str) -> str:
+    """
+    The steps of a URL's path without any quoting, and those of its query: HTTP clients resolve %2e%2e as .. and drop
+    line breaks and tabs.
+    """
+    while (unquoted := re.sub(r"[\t\r\n]", "", urllib.parse.unquote(path))) != path:
+        path = unquoted
+    return re.sub(r"[\\?#]", "/", path)
 
 
 def fetch(url: str) -> str:

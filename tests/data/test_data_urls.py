@@ -70,6 +70,11 @@ def test_names_are_quoted(media, tmp_path, processor, url):
     ("data", "http://host/a.mp4", "leaves the root folder data"),
     ("http://host/in", "http://host/out/a.mp4", "leaves the root folder"),
     ("http://host/in", "http://host/in/../out/a.mp4", "leaves the root folder"),
+    ("http://host/in", "http://host/in/%2e%2e/out/a.mp4", "leaves the root folder"),
+    ("http://host/in", "http://host/in/%252E%252E%2Fout/a.mp4", "leaves the root folder"),
+    ("http://host/in", "http://host/in/..%5Cout/a.mp4", "leaves the root folder"),
+    ("http://host/in", "http://host/in/..?a.mp4", "leaves the root folder"),
+    ("http://host/in", "http://host/in/.\t./out/a.mp4", "leaves the root folder"),
     ("http://host/in", "http://host/inside/a.mp4", "leaves the root folder"),
     ("http://host/in", "../a.mp4", "leaves the root folder"),
     (None, "file:///etc/passwd", "only http://, https://, hf:// URLs"),
@@ -85,6 +90,7 @@ def test_nothing_from_outside(root, name, message):
 
 def test_a_root_can_be_a_mere_beginning():
     assert locate("https://", "https://host/a.mp4") == "https://host/a.mp4"
+    assert locate("https://host/a", "https://host/a/100%25..mp4") == "https://host/a/100%25..mp4"
     assert locate("hf://datasets/a/b/videos", "c/d.mp4") == "hf://datasets/a/b/videos/c/d.mp4"
 
 

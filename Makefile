@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Beside the environment: torchao slows every import of transformers down, and prints messages while it does.
+QUANTISED := $(VENV)/quantised
+QUANTISED_TESTS := tests/test_quantised.py tests/training/test_qlora.py tests/test_readme.py
 
 LMMS_VENV := .venv-lmms
 LMMS_INSTALLED := $(LMMS_VENV)/.installed
@@ -15,7 +18,8 @@ LMMS_NEEDS := pytest datasets evaluate loguru numexpr pytablewriter python-doten
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-test: $(INSTALLED) lint
+test: $(INSTALLED) $(QUANTISED) lint
+	PYTHONPATH=$(abspath $(QUANTISED)) $(BIN)/python -m pytest $(QUANTISED_TESTS) -k "quantised or qlora"
 	$(BIN)/python -m pytest
 
 test-lmms: $(LMMS_INSTALLED)
@@ -32,7 +36,7 @@ format: $(INSTALLED)
 toy: $(INSTALLED)
 	$(BIN)/python -m etchat_hf.toy
 
-bench: $(INSTALLED)
+bench: $(INSTALLED) $(QUANTISED)
 	$(BIN)/python benchmarks/run.py
 
 $(INSTALLED): setup.py constraints.txt
@@ -40,6 +44,10 @@ $(INSTALLED): setup.py constraints.txt
 		{ echo "etchat_hf needs Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+$(QUANTISED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $@ torchao bitsandbytes
 	@touch $@
 
 $(LMMS_INSTALLED): setup.py constraints-lmms.txt

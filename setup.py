@@ -63,7 +63,7 @@ setup(
         "eval": EVAL,
         "quantised": QUANTISED,
         "app": APP,
-        "dev": [*DEV, *TRAIN, *EVAL, *QUANTISED],
+        "dev": [*DEV, *TRAIN, *EVAL],
         "all": [*TRAIN, *EVAL, *QUANTISED, *APP],
     },
     entry_points={

@@ -20,6 +20,7 @@ import PIL.Image
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 from .modeling_etchat import ETChatForConditionalGeneration
 from .processing_etchat import EncodedClip, ETChatProcessor
@@ -30,7 +31,7 @@ GIB = 1 << 30
 DEFAULT_MAX_GIB = 50.0
 # What the pixels of given frames depend on, beside the decoder.
 PIXEL_SETTINGS = ("size", "image_mean", "image_std", "pad_to_square")
-FINGERPRINT_SAMPLES = 64
+WORD_BYTES, ROW_WORDS = 8, 1024  # of the table that a tensor's bits are summed in
 
 
 @dataclass(eq=False)
@@ -54,9 +55,9 @@ class ClipEncoder:
     Encodes clips, and remembers them on disk if it is given a folder.
 
     A file there is found by the content of the video, the frames sampled, how they are resized and normalised, and
-    the weights of the vision encoder: a video that was moved or copied is found again, and so it is for a model whose
-    other weights were trained on. What is found is not decoded; the video is only read, to know it. Files appear
-    complete or not at all; one that is damaged is reported, and replaced when its clip has been encoded again.
+    the vision encoder's weights and configuration: a video that was moved or copied is found again, and so it is for a
+    model whose other weights were trained on. What is found is not decoded; the video is only read, to know it. Files
+    appear complete or not at all; one that is damaged is reported, and replaced when its clip has been encoded again.
 
     Args:
         model ([`ETChatForConditionalGeneration`]): encodes what is not stored.
@@ -83,7 +84,8 @@ class ClipEncoder:
         self.folder = Path(folder) if folder is not None else None
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._weights = fingerprint(model.model.vision_tower)
+            tower = model.model.vision_tower
+            self._tower = _digest(fingerprint(tower), json.dumps(settings_of(tower.config)))
             self._room = max_gib * GIB - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
         self._max_gib = max_gib
         self._lock = threading.Lock()
@@ -142,7 +144,7 @@ class ClipEncoder:
             return self._model.get_vision_features(pixel_values)
         features = []
         for clip in pixel_values.split([len(times) for times in frame_times]):
-            key = _digest("pixels", self._weights, _tensor_bytes(clip))
+            key = _digest("pixels", self._tower, _tensor_bytes(clip))
             found = self._find(key, len(clip))
             if found is None:
                 found = self._model.get_vision_features(clip)
@@ -159,7 +161,7 @@ class ClipEncoder:
         processor = self._processor.video_processor
         settings = {name: getattr(processor, name) for name in PIXEL_SETTINGS} | {"decoder": clip.reader.backend}
         content = content_digest(clip.content)
-        return _digest("clip", self._weights, content, json.dumps(settings), clip.frame_indices.tobytes())
+        return _digest("clip", self._tower, content, json.dumps(settings), clip.frame_indices.tobytes())
 
     def _find(self, key: str | None, num_frames: int) -> torch.FloatTensor | None:
         if key is None:
@@ -228,20 +230,29 @@ def content_digest(content: Any) -> str:
 
 def fingerprint(module: torch.nn.Module) -> str:
     """
-    Tells weights apart: by the sum of each tensor's bits, read as whole numbers, and by some of its bytes in order.
+    Tells weights and persistent buffers apart: by the sums of each tensor's bits, read as whole numbers, along the
+    rows and along the columns of a table. So a changed value is noticed, and so are values that changed places.
 
-    One pass over the memory of the device that holds them; the same on all devices.
+    Two passes over the memory of the device that holds them; the same on all devices.
     """
     state = hashlib.blake2b(digest_size=16)
-    for name, parameter in module.named_parameters():
-        for tensor in _plain_tensors(parameter.detach()):
+    for name, stored in module.state_dict().items():
+        for tensor in _plain_tensors(stored):
             bits = tensor.reshape(-1).view(torch.uint8)
-            whole = len(bits) - len(bits) % 8  # in words of 8 bytes, the sum takes what reading the memory takes
-            total = bits[:whole].view(torch.int64).sum().item()
-            sample = torch.cat([bits[:: max(1, len(bits) // FINGERPRINT_SAMPLES)], bits[whole:]])
-            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {total}".encode())
-            state.update(sample.cpu().numpy().tobytes())
+            if bits.storage_offset() % WORD_BYTES:
+                bits = bits.clone()  # words may only begin at multiples of their size
+            whole = len(bits) - len(bits) % (WORD_BYTES * ROW_WORDS)
+            words = bits[:whole].view(torch.int64).view(-1, ROW_WORDS)
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            for part in (words.sum(1), words.sum(0), bits[whole:]):
+                state.update(part.cpu().numpy().tobytes())
     return state.hexdigest()
+
+
+def settings_of(config: PreTrainedConfig) -> dict:
+    """A configuration's values, without those that say who wrote it where, and the dtype, which the weights tell."""
+    untold = ("transformers_version", "_name_or_path", "dtype")
+    return {name: value for name, value in config.to_dict().items() if name not in untold}
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -1,5 +1,6 @@
 """Clips that pass the vision encoder once: on disk, by content; and never decoded for what is known."""
 
+import json
 import shutil
 
 import numpy as np
@@ -82,6 +83,35 @@ def test_any_other_weight_is_another_model(loaded):
     assert fingerprint(tower) != before
     weight[1, 1] = value
     assert fingerprint(tower) == before
+    for places in ([1, 0, *range(2, 1000)], [*range(900, 1000), *range(900)]):
+        tower[0].weight.data = weight[places]
+        assert fingerprint(tower) != before
+        tower[0].weight.data = weight[:, places]
+        assert fingerprint(tower) != before
+    tower[0].weight.data = weight
+    tower.register_buffer("scale", torch.ones(3))
+    scaled = fingerprint(tower)
+    tower.scale[1] = 2
+    assert len({before, scaled, fingerprint(tower)}) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.uint8])
+def test_weights_are_told_apart_wherever_they_lie(dtype):
+    values = torch.arange(5003).to(dtype)
+    ways = [torch.nn.ParameterList([torch.nn.Parameter(v, False)]) for v in (values[3:], values[3:].clone())]
+    assert fingerprint(ways[0]) == fingerprint(ways[1])
+
+
+def test_a_model_with_another_configuration_does_not_meet_these_features(loaded, converted, clip, tmp_path):
+    ClipEncoder(*loaded, tmp_path / "cache").encode(clip)
+    folder = shutil.copytree(converted, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "relu"
+    (folder / "config.json").write_text(json.dumps(config))
+    other, processor = inference.load(folder)
+    features = ClipEncoder(other, processor, tmp_path / "cache").encode(clip).vision_features
+    assert torch.equal(features, processor.encode(clip, other).vision_features)
+    assert len(files(tmp_path / "cache")) == 2
 
 
 def test_a_model_with_another_encoder_does_not_meet_these_features(loaded, converted, clip, tmp_path):

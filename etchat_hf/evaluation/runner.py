@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm import tqdm
 
-from ..clip_encoder import ClipEncoder, fingerprint
+from ..clip_encoder import ClipEncoder, fingerprint, settings_of
 from ..modeling_etchat import ETChatForConditionalGeneration
 from ..processing_etchat import ETChatProcessor
 from .journal import Journal, check_same_run, discard, read_journals, write_run
@@ -210,7 +210,7 @@ def _describe_run(model, processor, benchmark: Benchmark, rows: Sequence[dict], 
         "benchmark": benchmark.name,
         "annotations": _digest(rows),
         "model": fingerprint(model),
-        "configuration": _digest(_without_versions(model.config), _without_versions(model.generation_config)),
+        "configuration": _digest(settings_of(model.config), settings_of(model.generation_config)),
         "processor": _digest(json.loads(processor.to_json_string()), processor.chat_template),
         "dtype": str(model.dtype),
         "max_new_tokens": settings.max_new_tokens,
@@ -222,11 +222,6 @@ def _describe_run(model, processor, benchmark: Benchmark, rows: Sequence[dict], 
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _without_versions(config) -> dict:
-    """A configuration's values, without those that say who wrote it where."""
-    return {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
 
 
 def _write(output: Path, predictions: Sequence[dict], failures: dict[int, str]) -> None:

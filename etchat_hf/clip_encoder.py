@@ -9,8 +9,10 @@ import json
 import os
 import secrets
 import threading
+import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,11 @@ from .video_processing_etchat import SampledClip, load_picture
 
 GIB = 1 << 30
 DEFAULT_MAX_GIB = 50.0
+# What a process may store before it looks again how large the folder is, which others write to as well.
+SHARE_BETWEEN_LOOKS = 0.01
+# Where files are written before they get their names; they are in use for seconds.
+WRITING = ".writing"
+ABANDONED_SECONDS = 3600.0
 # What the pixels of given frames depend on, beside the decoder.
 PIXEL_SETTINGS = ("size", "image_mean", "image_std", "pad_to_square")
 WORD_BYTES, ROW_WORDS = 8, 1024  # of the table that a tensor's bits are summed in
@@ -63,8 +70,9 @@ class ClipEncoder:
         model ([`ETChatForConditionalGeneration`]): encodes what is not stored.
         processor ([`ETChatProcessor`]): of the model.
         folder (`str` or `Path`, *optional*): made if it is missing; may be shared by processes and runs.
-        max_gib (`float`, *optional*, defaults to 50): size at which nothing more is stored, with a warning. Nothing is
-            ever removed: delete files, or the folder, at will.
+        max_gib (`float`, *optional*, defaults to 50): size at which nothing more is stored, with a warning; each
+            further process that fills the folder may exceed it by a hundredth. No clip is ever removed: delete files,
+            or the folder, at will, also during a run.
 
     Raises:
         ValueError: for a size that holds nothing.
@@ -86,8 +94,9 @@ class ClipEncoder:
             self.folder.mkdir(parents=True, exist_ok=True)
             tower = model.model.vision_tower
             self._tower = _digest(fingerprint(tower), json.dumps(settings_of(tower.config)))
-            self._room = max_gib * GIB - sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
-        self._max_gib = max_gib
+            self._remove_abandoned()
+        self._max_bytes = max_gib * GIB
+        self._allowance = 0.0
         self._lock = threading.Lock()
 
     def encode(self, clip, **sampling) -> EncodedClip:
@@ -101,7 +110,8 @@ class ClipEncoder:
             [`EncodedClip`], on the model's device.
 
         Raises:
-            FileNotFoundError, OSError, ValueError: if the clip cannot be read, or the folder cannot be written to.
+            FileNotFoundError, OSError, ValueError: if the clip cannot be read. A folder that cannot be written to is
+                warned of only.
         """
         if isinstance(clip, EncodedClip):
             return replace(clip, vision_features=clip.vision_features.to(self._model.device))
@@ -167,37 +177,60 @@ class ClipEncoder:
         if key is None:
             return None
         path = self._path(key)
-        if not path.is_file():
-            return None
         try:
             features = load_file(path).get("features")
-        except SafetensorError:
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError):
             features = None
         if features is None or len(features) != num_frames:
-            warnings.warn(f"{path} is damaged; the clip is encoded again", stacklevel=2)
+            warnings.warn(f"{path} is damaged, or may not be read; the clip is encoded again", stacklevel=2)
             return None
         return features
 
     def _store(self, key: str | None, features: torch.FloatTensor) -> None:
         if key is None:
             return
-        size = features.numel() * features.element_size()
-        with self._lock:
-            fits = size <= self._room
-            self._room -= size if fits else 0
-        if not fits:
-            text = f"{self.folder} holds {self._max_gib:g} GiB: further clips are not stored"
+        if not self._take(features.numel() * features.element_size()):
+            text = f"{self.folder} holds {self._max_bytes / GIB:g} GiB: further clips are not stored"
             warnings.warn(f"{text}; allow more, or delete old files", stacklevel=2)
             return
-        path = self._path(key)
-        aside = path.with_suffix(f".{secrets.token_hex(4)}")
+        aside = self.folder / WRITING / secrets.token_hex(8)
         try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            aside.touch()
+            mode = aside.stat().st_mode
             save_file({"features": features.contiguous().cpu()}, aside)
-            os.replace(aside, path)
-        except SafetensorError as error:
-            raise OSError(f"{self.folder}: a clip cannot be stored ({error}); leave the cache out") from error
-        finally:
-            aside.unlink(missing_ok=True)
+            aside.chmod(mode)  # safetensors makes files that only their owner may read
+            os.replace(aside, self._path(key))
+        except (OSError, SafetensorError) as error:
+            warnings.warn(f"{self.folder}: a clip is not stored ({error})", stacklevel=2)
+            with suppress(OSError):
+                aside.unlink()
+
+    def _take(self, size: int) -> bool:
+        """Whether so many bytes more may be stored."""
+        with self._lock:
+            if size > self._allowance:
+                room = self._max_bytes - self._folder_bytes()
+                self._allowance = min(room, max(size, SHARE_BETWEEN_LOOKS * self._max_bytes))
+            fits = size <= self._allowance
+            self._allowance -= size if fits else 0
+            return fits
+
+    def _folder_bytes(self) -> int:
+        total = 0
+        for file in (*self.folder.glob("*.safetensors"), *self.folder.glob(f"{WRITING}/*")):
+            with suppress(FileNotFoundError):  # just finished, or deleted
+                total += file.stat().st_size
+        return total
+
+    def _remove_abandoned(self) -> None:
+        """Removes what killed processes left behind."""
+        for file in self.folder.glob(f"{WRITING}/*"):
+            with suppress(OSError):  # another process was faster, or it is another user's
+                if time.time() - file.stat().st_mtime > ABANDONED_SECONDS:
+                    file.unlink()
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

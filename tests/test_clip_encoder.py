@@ -1,6 +1,7 @@
 """Clips that pass the vision encoder once: on disk, by content; and never decoded for what is known."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -31,7 +32,7 @@ def no_encoding(loaded, monkeypatch):
 
 
 def files(folder):
-    return sorted(folder.glob("*"))
+    return sorted(folder.glob("*.safetensors"))
 
 
 def test_a_known_clip_is_neither_decoded_nor_encoded(loaded, clip, tmp_path, no_encoding):
@@ -151,6 +152,63 @@ def test_a_full_folder_takes_no_more(loaded, clip, tmp_path):
     assert not files(tmp_path)
     with pytest.raises(ValueError, match="0 GiB"):
         ClipEncoder(*loaded, tmp_path, max_gib=0)
+
+
+def test_processes_that_share_a_folder_fill_it_together(loaded, tmp_path):
+    model, processor = loaded
+    pixels = torch.randn(12, 1, 3, *[model.config.vision_config.image_size] * 2)
+    size = model.get_vision_features(pixels[0]).numel() * 4
+    encoders = [ClipEncoder(model, processor, tmp_path, max_gib=6.5 * size / 2**30) for _ in range(3)]
+    with pytest.warns(UserWarning, match="further clips are not stored"):
+        for number, frame in enumerate(pixels):
+            encoders[number % 3].encode_frames(frame, [[0.0]])
+    assert 4 <= len(files(tmp_path)) <= 6
+    for path in files(tmp_path):
+        path.unlink()
+    encoders[0].encode_frames(pixels[0], [[0.0]])
+    assert len(files(tmp_path)) == 1
+
+
+def test_the_folder_may_be_deleted_at_any_time(loaded, clip, tmp_path):
+    encoder = ClipEncoder(*loaded, tmp_path / "cache")
+    expected = encoder.encode(clip).vision_features
+    for _ in range(2):
+        shutil.rmtree(tmp_path / "cache")
+        assert torch.equal(encoder.encode(clip).vision_features, expected)
+        assert len(files(tmp_path / "cache")) == 1
+
+
+def test_a_clip_that_cannot_be_stored_is_encoded_all_the_same(loaded, clip, tmp_path):
+    encoder = ClipEncoder(*loaded, tmp_path / "cache")
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").touch()
+    with pytest.warns(UserWarning, match="cache: a clip is not stored"):
+        features = encoder.encode(clip).vision_features
+    assert torch.equal(features, loaded[1].encode(clip, loaded[0]).vision_features)
+
+
+def test_files_have_the_rights_of_any_other_file(loaded, clip, tmp_path):
+    umask = os.umask(0o027)
+    try:
+        ClipEncoder(*loaded, tmp_path).encode(clip)
+    finally:
+        os.umask(umask)
+    (path,) = files(tmp_path)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_killed_processes_left_is_counted_then_removed(loaded, clip, tmp_path):
+    encoder = ClipEncoder(*loaded, tmp_path, max_gib=0.001)
+    left = tmp_path / ".writing" / "left"
+    left.parent.mkdir()
+    left.write_bytes(bytes(2**21))
+    with pytest.warns(UserWarning, match="further clips are not stored"):
+        encoder.encode(clip)
+    ClipEncoder(*loaded, tmp_path)
+    assert left.exists() and not files(tmp_path)  # another process may be writing it
+    os.utime(left, (0, 0))
+    ClipEncoder(*loaded, tmp_path, max_gib=0.001).encode(clip)
+    assert not left.exists() and len(files(tmp_path)) == 1
 
 
 def test_a_folder_that_is_a_file_is_refused(loaded, tmp_path):

@@ -137,7 +137,7 @@ class ClipEncoder:
         if (features := self._find(key, len(sampled.frame_times))) is not None:
             return EncodedClip.of(sampled, features)
         (pixels,) = self._processor.video_processor.iter_pixels(sampled, len(sampled.frame_times))
-        return DecodedClip(sampled, pixels.to(self._model.dtype), key)
+        return DecodedClip(sampled, pixels.to(self._model.model.vision_tower.dtype), key)
 
     def encode_frames(self, pixel_values: torch.FloatTensor, frame_times: list[list[float]]) -> torch.FloatTensor:
         """

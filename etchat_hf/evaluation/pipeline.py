@@ -105,11 +105,12 @@ class Pipeline:
             for key in group_keys:
                 try:
                     clip = next(clips).result()
+                    with self.clock:
+                        found[key] = self.encoder.encode(clip)
                 except (OSError, ValueError) as error:
                     errors[key] = reason_of(error)
-                    continue
-                with self.clock:
-                    found[key] = self.encoder.encode(clip)
+                except torch.OutOfMemoryError as error:
+                    errors[key] = f"out of memory: {reason_of(error)}"
             for batch in group:
                 yield from self._answer_batch(batch, found, errors)
         self.clock.stop()

@@ -16,7 +16,7 @@ import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 from typer.testing import CliRunner
 
-from etchat_hf import ETChatForConditionalGeneration
+from etchat_hf import ClipEncoder, ETChatForConditionalGeneration
 from etchat_hf.chat_templates import load_chat_template
 from etchat_hf.cli import main
 from etchat_hf.evaluation import evaluate_charades, evaluate_mvbench, pipeline
@@ -272,6 +272,32 @@ def test_out_of_memory_falls_back_to_single_rows(tiny, world, alone, monkeypatch
     result = infer(*tiny, ETBENCH, rows[:6], folder / "videos", SETTINGS, show_progress=False)
     assert [row["a"] for row in result.predictions[:4]] == [row["a"] for row in alone.predictions[:4]]
     assert set(result.failures) == {4} and "out of memory" in capsys.readouterr().err
+
+
+def test_out_of_memory_in_the_vision_encoder_fails_the_rows_of_that_video(tiny, world, alone, monkeypatch):
+    folder, rows = world
+    model = tiny[0]
+    encode = model.get_vision_features
+
+    def small_memory(pixels):
+        if len(pixels) == 8:  # those of the third video
+            raise torch.OutOfMemoryError("tried to allocate")
+        return encode(pixels)
+
+    monkeypatch.setattr(model, "get_vision_features", small_memory)
+    result = infer(*tiny, ETBENCH, rows[:4], folder / "videos", SETTINGS, show_progress=False)
+    assert result.failures == {2: "out of memory: tried to allocate"}
+    assert [result.predictions[k]["a"] for k in (0, 1, 3)] == [alone.predictions[k]["a"] for k in (0, 1, 3)]
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tiny, world, alone, tmp_path):
+    folder, rows = world
+    encoder = ClipEncoder(*tiny, tmp_path / "cache")
+    (tmp_path / "cache").rmdir()
+    (tmp_path / "cache").touch()
+    with pytest.warns(UserWarning, match="a clip is not stored"):
+        result = infer(*tiny, ETBENCH, rows[:4], folder / "videos", SETTINGS, show_progress=False, encoder=encoder)
+    assert result.predictions[:4] == alone.predictions[:4] and not result.failures
 
 
 def test_too_long_a_video_fails_and_says_what_to_do(tiny, world):

@@ -3,8 +3,11 @@
 import json
 import multiprocessing
 import os
+import queue
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -112,15 +115,39 @@ def _in_processes(tasks: list, settings: Compression, workers: int | None) -> It
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(workers or os.cpu_count(), mp_context=context) as pool:
-        futures = {pool.submit(_attempt, path, output, settings): path for path, output in tasks}
-        yield from ((futures[future], future.result()) for future in as_completed(futures))
+    # A pool for each process: one that dies takes only its own file along
+    workers = workers or os.cpu_count()
+    idle = queue.SimpleQueue()
+    with ExitStack() as pools:
+
+        def new_pool() -> ProcessPoolExecutor:
+            return pools.enter_context(ProcessPoolExecutor(1, mp_context=context))
+
+        def attempt(path: Path, output: Path) -> str | None:
+            pool = idle.get()
+            try:
+                return pool.submit(_attempt, path, output, settings).result()
+            except BrokenProcessPool:
+                pool = new_pool()
+                _partial(output).unlink(missing_ok=True)
+                return "the process that compressed it died; was there too little memory?"
+            finally:
+                idle.put(pool)
+
+        for _ in range(workers):
+            idle.put(new_pool())
+        threads = ThreadPoolExecutor(workers)
+        try:
+            futures = {threads.submit(attempt, *task): task[0] for task in tasks}
+            yield from ((futures[future], future.result()) for future in as_completed(futures))
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def _attempt(source: Path, output: Path, settings: Compression) -> str | None:
     try:
         compress_video(source, output, settings)
-    except (ValueError, OSError) as error:  # FFmpeg's own errors are among these
+    except (ValueError, OSError, av.FFmpegError) as error:
         return str(error)
     return None
 
@@ -130,7 +157,8 @@ def compress_video(source: Path, output: Path, settings: Compression) -> None:
     Writes one video: the frames that are on screen every `1 / fps` seconds, at the times that they come up.
 
     Raises:
-        ValueError, OSError: if the source cannot be read, or what was written does not hold the right frames.
+        ValueError, OSError, av.FFmpegError: if the source cannot be read, or its size or rate not be written, or what
+            was written does not hold the right frames.
     """
     reader = open_video(source)
     sampled = sample_frame_indices(reader.num_frames, reader.average_fps, settings.fps, times=reader.times)
@@ -138,13 +166,17 @@ def compress_video(source: Path, output: Path, settings: Compression) -> None:
     times = reader.times[indices]
     height, width = _scaled(reader.height, reader.width, settings.size)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
+    partial = _partial(output)
     try:
         _write(partial, reader.read(indices), times, (height, width), _time_base(source))
         _verify(partial, times, (height, width))
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
 
 
 def _scaled(height: int, width: int, size: int) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """`etchat compress` and `etchat pack`: exact times, nothing half-written, goes on where it was stopped."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -95,6 +97,35 @@ def test_same_tree_and_errors_at_the_end(tmp_path, videos):
     again = run(data_cli.compress, videos, tmp_path / "out", "--size", 32, "--workers", 1)
     assert again.exit_code == 0 and "0 videos compressed, 5 skipped (there already), 0 failed" in again.output
     assert modified == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
+
+
+def test_a_video_that_cannot_be_written_fails_alone(tmp_path, videos):
+    write_video(videos / "wide.mp4", num_frames=2, size=(4000, 16))  # 56000 pixels wide at a height of 224
+    done = compress_tree(videos, tmp_path / "out", Compression(), workers=2)
+    assert (done.written, list(done.failed)) == (5, [f"{videos}/wide.mp4"])
+    assert "libx264" in done.failed[f"{videos}/wide.mp4"]
+
+
+def test_a_process_that_dies_takes_only_its_own_video_along(tmp_path, videos):
+    long = write_video(videos / "a.mp4", num_frames=150, fps=30, size=(320, 240), picture=noise_picture)
+
+    def killing_the_first(results, total):
+        def kill():
+            while not (tmp_path / "out" / ".a.mp4.partial").exists():
+                time.sleep(0.005)
+            for process in multiprocessing.active_children():
+                process.kill()
+
+        thread = threading.Thread(target=kill)
+        thread.start()
+        yield from results
+        thread.join()
+
+    out, settings = tmp_path / "out", Compression(fps=30, size=224)
+    done = compress_tree(videos, out, settings, workers=1, progress=killing_the_first)
+    assert done == (4, 0, {str(long): "the process that compressed it died; was there too little memory?"})
+    assert tree(out) == [".etchat-compress.json", "b/c.MKV", "b/d/e.mov", "f.avi", "g.webm"]
+    assert compress_tree(videos, out, settings, workers=1) == (1, 4, {})
 
 
 def test_shards_share_the_work_without_overlap(tmp_path, videos):

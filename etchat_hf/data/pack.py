@@ -59,7 +59,7 @@ def pack(
         progress: wraps the iterator over a shard's rows; called with their number.
 
     Returns:
-        `list` of `str`: the rows that are left out, and why.
+        `list` of `str`: the rows that are left out, and why; also those of shards that are passed over.
 
     Raises:
         FileNotFoundError: if there are no annotations.
@@ -76,6 +76,8 @@ def pack(
     for shard in chosen:
         path = destination / f"{stem}-{shard:05d}-of-{num_shards:05d}.parquet"
         if path.exists():
+            again = f"(left out of {path}: delete that to pack it again)"
+            problems += [f"{problem} {again}" for problem in _kept_problems(path)]
             continue
         places = [(file, position) for file in files for position in range(len(file.index))][shard::num_shards]
         rows = _sorted_by_media((f"{file.name} row {position}", file.read(position)) for file, position in places)
@@ -96,8 +98,33 @@ def _write_shard(path: Path, rows: Iterable[tuple[str, dict]], roots: dict[str, 
     ) as writer:
         for group in _groups(_with_media(rows, roots, problems)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=SCHEMA), row_group_size=len(group))
+    _keep_problems(path, problems)
     os.replace(partial, path)
     return problems
+
+
+# Beside the shard and hidden: they name folders of this machine, which a published shard must not
+def _problems_file(shard: Path) -> Path:
+    return shard.with_name(f".{shard.name}.left-out.json")
+
+
+def _keep_problems(shard: Path, problems: list[str]) -> None:
+    path = _problems_file(shard)
+    path.unlink(missing_ok=True)
+    if problems:
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(problems, indent=0), encoding="utf-8")
+        os.replace(partial, path)
+
+
+def _kept_problems(shard: Path) -> list[str]:
+    path = _problems_file(shard)
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not valid JSON ({error}); delete it and {shard.name} to pack them again."
+        ) from error
 
 
 def _with_media(rows: Iterable[tuple[str, dict]], roots: dict[str, str], problems: list[str]) -> Iterator[dict]:

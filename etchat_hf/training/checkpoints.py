@@ -15,6 +15,7 @@ from ..configuration_etchat import ETChatConfig
 from ..modeling_etchat import ETChatForConditionalGeneration
 
 ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*", ADAPTER_CONFIG)
 
 
 def write_model_files(model: ETChatForConditionalGeneration, folder: str | Path) -> None:
@@ -28,13 +29,19 @@ def write_model_files(model: ETChatForConditionalGeneration, folder: str | Path)
 
 @contextmanager
 def replaced_at_once(destination: str | Path) -> Iterator[Path]:
-    """A folder beside `destination` whose files move into it, one rename each, when the block ends well."""
+    """
+    A folder beside `destination`'s files which replace them, one rename each, when the block ends well; weights and
+    adapters that were there before go. Until all is done the destination has no config.json: it is no model.
+    """
     destination = Path(destination)
     aside = destination / ".writing"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     yield aside
-    # config.json last: a folder without it is no model, so that a half-moved one is not taken for one.
+    (destination / "config.json").unlink(missing_ok=True)
+    for pattern in WEIGHTS:
+        for outdated in destination.glob(pattern):
+            outdated.unlink()
     for entry in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
         target = destination / entry.name
         if target.is_dir():
@@ -49,7 +56,7 @@ def merge_checkpoint(checkpoint: str | Path, destination: str | Path, dtype: tor
 
     Args:
         checkpoint (`str` or `Path`): a `checkpoint-N`, of LoRA training or not.
-        destination (`str` or `Path`): folder; the model's files in it are replaced.
+        destination (`str` or `Path`): folder; a model or an adapter in it is replaced.
         dtype (`torch.dtype`, *optional*): of the floating parameters; by default float32.
 
     Raises:

@@ -117,6 +117,26 @@ def test_merging_says_what_is_no_checkpoint(tmp_path):
         merge_checkpoint(tmp_path, tmp_path / "merged")
 
 
+def test_merging_replaces_another_model_whole_or_leaves_none(start, tmp_path, monkeypatch):
+    model = ETChatForConditionalGeneration.from_pretrained(start)
+    merged = tmp_path / "merged"
+    model.save_pretrained(merged, max_shard_size="1MB")
+    (merged / "adapter_config.json").write_text("{}")
+    assert len(list(merged.glob("model-*.safetensors"))) > 1
+    (merged / "notes.txt").write_text("kept")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("etchat_hf.training.checkpoints.os.replace", stop)
+        merge_checkpoint(start, merged)
+    assert not (merged / "config.json").exists()
+    merge_checkpoint(start, merged)
+    names = {path.name for path in merged.iterdir() if path.suffix != ".py"}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "notes.txt"}
+
+
 def test_tied_embeddings_stay_tied_through_lora(start, toy_data, tmp_path):
     base = tmp_path / "tied"
     model = ETChatForConditionalGeneration.from_pretrained(start)

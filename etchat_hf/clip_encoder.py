@@ -66,6 +66,9 @@ class ClipEncoder:
     model whose other weights were trained on. What is found is not decoded; the video is only read, to know it. Files
     appear complete or not at all; one that is damaged is reported, and replaced when its clip has been encoded again.
 
+    Training has pixels instead of videos ([`encode_frames`]): each clip is decoded every time, only the encoder is
+    spared, and these entries serve training alone, even in a folder shared with `etchat ask` or `etchat infer`.
+
     Args:
         model ([`ETChatForConditionalGeneration`]): encodes what is not stored.
         processor ([`ETChatProcessor`]): of the model.
@@ -141,7 +144,8 @@ class ClipEncoder:
 
     def encode_frames(self, pixel_values: torch.FloatTensor, frame_times: list[list[float]]) -> torch.FloatTensor:
         """
-        Encodes clips that are known by their pixels only, as a training batch has them.
+        Encodes clips that are known by their pixels only, as a training batch has them: what [`encode`] stored of the
+        same videos is not found.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(N, 3, size, size)`): normalised frames, clip after clip.

@@ -125,7 +125,9 @@ class ETChatTrainingArguments(TrainingArguments):
     save_dtype: str = field(default="auto", metadata={"help": "Dtype of the merged model."})
     eval_span_samples: int = field(default=0, metadata={"help": "Evaluation samples scored by temporal IoU."})
     eval_max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer in evaluation."})
-    vision_cache_dir: str | None = field(default=None, metadata={"help": "Folder that keeps vision features."})
+    vision_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder that keeps vision features, by pixels."}
+    )
     vision_cache_gib: float = field(default=DEFAULT_MAX_GIB, metadata={"help": "Largest size of that folder, in GiB."})
 
     def __post_init__(self):

@@ -13,11 +13,6 @@ NUM_SHARDS = Annotated[int, typer.Option(help="Parts that the work is split into
 PROBLEMS = 2  # exit code
 
 
-def _fail(error: Exception) -> typer.Exit:
-    print(f"error: {error}", file=sys.stderr)
-    return typer.Exit(PROBLEMS)
-
-
 def _progress(description: str):
     from rich.console import Console
     from rich.progress import track
@@ -51,16 +46,13 @@ def check(
     """Look over a stage's data before a run; exit code 2 if something is wrong."""
     from etchat_hf.data.check import SHOWN_PROBLEMS, check_stage, read_arguments
 
-    try:
-        arguments = read_arguments(stage_config, data_root)
-        stages = {"train on": arguments.resolve(), "evaluate on": arguments.resolve_evaluation()}
-        checks = {
-            purpose: check_stage(stage, opened, _progress("checking rows"))
-            for purpose, stage in stages.items()
-            if stage is not None
-        }
-    except (ValueError, OSError) as error:
-        raise _fail(error) from error
+    arguments = read_arguments(stage_config, data_root)
+    stages = {"train on": arguments.resolve(), "evaluate on": arguments.resolve_evaluation()}
+    checks = {
+        purpose: check_stage(stage, opened, _progress("checking rows"))
+        for purpose, stage in stages.items()
+        if stage is not None
+    }
     found = [check for of_stage in checks.values() for check in of_stage]
     for check in found:
         print(check.report(None if show_all else SHOWN_PROBLEMS))
@@ -83,12 +75,7 @@ def compress(
     """Compress videos for training: few small frames, no sound, exact times. Goes on where it was stopped."""
     from etchat_hf.data.compress import Compression, compress_tree
 
-    try:
-        settings = Compression(fps, size)
-        part = (0, 1) if shard is None else (shard, num_shards)
-        done = compress_tree(src, dst, settings, *part, workers, _progress("compressing"))
-    except (ValueError, OSError) as error:
-        raise _fail(error) from error
+    done = compress_tree(src, dst, Compression(fps, size), shard, num_shards, workers, _progress("compressing"))
     print(f"{done.written} videos compressed, {done.skipped} skipped (there already), {len(done.failed)} failed")
     _list_problems([f"{path}: {problem}" for path, problem in sorted(done.failed.items())])
 
@@ -107,10 +94,6 @@ def pack(
     try:
         from etchat_hf.data.pack import pack as pack_files
     except ImportError as error:
-        raise _fail(ImportError(f"packing needs pyarrow ({error}): pip install 'etchat_hf[train]'")) from error
-    try:
-        shards = None if shard is None else [shard]
-        problems = pack_files(annotations, videos, dst, num_shards, shards, images, _progress("packing"))
-    except (ValueError, OSError) as error:
-        raise _fail(error) from error
+        raise ImportError(f"packing needs pyarrow ({error}): pip install 'etchat_hf[train]'") from error
+    problems = pack_files(annotations, videos, dst, num_shards, shard, images, _progress("packing"))
     _list_problems(problems)

@@ -51,9 +51,11 @@ class Compressed(NamedTuple):
     failed: dict[str, str]
 
 
-def check_shard(shard: int, num_shards: int) -> None:
-    """ValueError unless 0 <= shard < num_shards."""
-    if not 0 <= shard < num_shards:
+def check_shard(shard: int | None, num_shards: int) -> None:
+    """ValueError unless 0 <= shard < num_shards, or shard is `None`, all of them."""
+    if num_shards < 1:
+        raise ValueError(f"num_shards is {num_shards}; it must be at least 1.")
+    if shard is not None and not 0 <= shard < num_shards:
         raise ValueError(f"shard is {shard}; with num_shards {num_shards} it must be from 0 to {num_shards - 1}.")
 
 
@@ -61,7 +63,7 @@ def compress_tree(
     source: Path,
     destination: Path,
     settings: Compression,
-    shard: int = 0,
+    shard: int | None = None,
     num_shards: int = 1,
     workers: int | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda results, total: results,
@@ -71,14 +73,14 @@ def compress_tree(
     ends in. Files that are already there are passed over: each was checked before it got its name.
 
     Args:
-        shard, num_shards (`int`): take every `num_shards`-th file, beginning with number `shard`.
+        shard, num_shards (`int`): take every `num_shards`-th file, beginning with number `shard`; default: all files.
         workers (`int`, *optional*): processes; default: one per core.
         progress: wraps the iterator over finished files; called with the number of files.
 
     Raises:
         FileNotFoundError: if `source` holds no video.
-        ValueError: if `destination` is inside `source`, was made with other settings, or the shard does not exist,
-            or there are no workers.
+        ValueError: if `destination` is inside `source`, was made with other or unreadable settings, or the shard does
+            not exist, or there are no workers.
     """
     check_shard(shard, num_shards)
     if workers is not None and workers < 1:
@@ -89,7 +91,7 @@ def compress_tree(
     if not videos:
         raise FileNotFoundError(f"{source}: no videos here; give the folder that holds them.")
     _keep_settings(destination, settings)
-    videos = videos[shard::num_shards]
+    videos = videos if shard is None else videos[shard::num_shards]
     tasks = [(path, destination / path.relative_to(source)) for path in videos]
     tasks = [(path, output) for path, output in tasks if not output.exists()]
     results = progress(_in_processes(tasks, settings, workers), len(tasks))
@@ -105,7 +107,12 @@ def _keep_settings(destination: Path, settings: Compression) -> None:
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps(asdict(settings)), encoding="utf-8")
         os.replace(partial, path)
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not valid JSON ({error}); if the videos there are compressed with {asdict(settings)}, delete it."
+        ) from error
     if found != asdict(settings):
         raise ValueError(f"{destination}: holds videos compressed with {found}; choose another destination.")
 

@@ -42,7 +42,7 @@ def pack(
     media_root: str,
     destination: Path,
     num_shards: int = 1,
-    shards: Iterable[int] | None = None,
+    shard: int | None = None,
     image_root: str | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows,
 ) -> list[str]:
@@ -55,7 +55,7 @@ def pack(
         media_root (`str`): folder or URL that videos, and images if there is no `image_root`, are relative to; rows
             that name URLs must name some that begin with it, such as `https://`.
         num_shards (`int`): shards of the whole.
-        shards (iterable of `int`, *optional*): which of them to write; default: all.
+        shard (`int`, *optional*): which of them to write; default: all.
         progress: wraps the iterator over a shard's rows; called with their number.
 
     Returns:
@@ -65,21 +65,19 @@ def pack(
         FileNotFoundError: if there are no annotations.
         ValueError: if they are malformed, or a shard does not exist.
     """
-    chosen = list(range(num_shards) if shards is None else shards)
-    for shard in chosen:
-        check_shard(shard, num_shards)
+    check_shard(shard, num_shards)
     files = open_annotations(annotations)
     destination.mkdir(parents=True, exist_ok=True)
     stem = Path(files[0].name).stem
     roots = {"video": media_root, "image": image_root or media_root}
     problems = []
-    for shard in chosen:
-        path = destination / f"{stem}-{shard:05d}-of-{num_shards:05d}.parquet"
+    for number in range(num_shards) if shard is None else [shard]:
+        path = destination / f"{stem}-{number:05d}-of-{num_shards:05d}.parquet"
         if path.exists():
             again = f"(left out of {path}: delete that to pack it again)"
             problems += [f"{problem} {again}" for problem in _kept_problems(path)]
             continue
-        places = [(file, position) for file in files for position in range(len(file.index))][shard::num_shards]
+        places = [(file, position) for file in files for position in range(len(file.index))][number::num_shards]
         rows = _sorted_by_media((f"{file.name} row {position}", file.read(position)) for file, position in places)
         problems += _write_shard(path, progress(rows, len(rows)), roots)
     return problems

@@ -1,11 +1,15 @@
-"""Rows in the original's annotation format, and the processor of a tiny checkpoint."""
+"""Rows in the original's annotation format, the processor of a tiny checkpoint, and `etchat` in this process."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
 from etchat_hf.chat_templates import load_chat_template
+from etchat_hf.cli import main
 from etchat_hf.conversion.tokens import load_qformer_tokenizer
 from etchat_hf.processing_etchat import ETChatProcessor
 from etchat_hf.video_processing_etchat import ETChatVideoProcessor
@@ -47,3 +51,20 @@ def text_row(number: int) -> dict:
 def write_rows(path: Path, rows: list[dict]) -> str:
     path.write_text(json.dumps(rows), encoding="utf-8")
     return str(path)
+
+
+class Result(NamedTuple):
+    """`output`: standard output and error, as they came."""
+
+    exit_code: int
+    output: str
+
+
+def run(*arguments) -> Result:
+    """`etchat ARGUMENTS`."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            return Result(stop.code, output.getvalue())

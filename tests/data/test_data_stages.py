@@ -4,21 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from annotation_rows import image_row, text_row, turns, video_row, write_rows
-from typer.testing import CliRunner
+from annotation_rows import image_row, run, text_row, turns, video_row, write_rows
 
 from etchat_hf.data import STAGES, DataSource, ETChatDataArguments, StageData, build_dataset
-from etchat_hf.data.cli import data_app
 from etchat_hf.data.media import locate
 from etchat_hf.toy.generate import generate
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 CONFIGS = sorted(EXAMPLES.rglob("*.yaml"))
-runner = CliRunner()
-
-
-def run_check(*arguments):
-    return runner.invoke(data_app, [*map(str, arguments)])
 
 
 @pytest.fixture
@@ -104,7 +97,7 @@ def test_paths_inside_the_root_are_found(tmp_path):
 
 
 def test_check_reports_a_good_tree(data_root):
-    result = run_check("check", "stage3", "--data-root", data_root)
+    result = run("data", "check", "stage3", "--data-root", data_root)
     assert result.exit_code == 0, result.output
     assert "rows 4, after filters 2 (2 video)" in result.output
     assert "2 opened" in result.output
@@ -130,7 +123,7 @@ def test_check_finds_what_is_wrong(tmp_path, media):
         "learning_rate": 1e-3,
     }
     (tmp_path / "stage.yaml").write_text(yaml.safe_dump(config))
-    result = run_check("check", tmp_path / "stage.yaml")
+    result = run("data", "check", tmp_path / "stage.yaml")
     assert result.exit_code == 2
     for expected in (
         "rows 7, after filters 7 (1 text, 1 image, 5 video)",
@@ -167,8 +160,8 @@ def test_check_refuses_bad_configurations(tmp_path, content, message):
     path = tmp_path / "stage.yaml"
     if content is not None:
         path.write_text(content)
-    result = run_check("check", path)
-    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    result = run("data", "check", path)
+    assert result.exit_code == 2
     assert message in result.output
 
 
@@ -185,7 +178,7 @@ def test_check_reports_all_that_is_wrong(tmp_path, media):
         "min_duration": "1e-3",
     }
     (tmp_path / "stage.yaml").write_text(yaml.safe_dump(config))
-    result = run_check("check", tmp_path / "stage.yaml")
+    result = run("data", "check", tmp_path / "stage.yaml")
     assert result.exit_code == 2
     for expected in (
         "gone/a.json: no such annotation file",
@@ -199,13 +192,13 @@ def test_check_reports_all_that_is_wrong(tmp_path, media):
     ):
         assert expected in result.output, result.output
     assert "row 11 (id v11)" not in result.output
-    assert "row 11 (id v11)" in run_check("check", tmp_path / "stage.yaml", "--all").output
+    assert "row 11 (id v11)" in run("data", "check", tmp_path / "stage.yaml", "--all").output
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(EXAMPLES)))
 def test_check_reads_every_example(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = run_check("check", path)
+    result = run("data", "check", path)
     assert result.exit_code == 2
     missing = [line for line in result.output.splitlines() if "no such annotation file" in line]
     assert len(missing) == (2 if path.name == "stage2_3.yaml" or path.match("toy/stage3.yaml") else 1)
@@ -215,7 +208,7 @@ def test_check_looks_the_toy_data_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     generate("out/toy/data", seed=0, num_train=3, num_unseen=1, track=lambda values, description: values)
     for stage, rows in (("stage1", "3 rows to train on"), ("stage2", "7 rows"), ("stage3", " rows to evaluate on")):
-        result = run_check("check", EXAMPLES / "toy" / f"{stage}.yaml", "--opened", 2)
+        result = run("data", "check", EXAMPLES / "toy" / f"{stage}.yaml", "--opened", 2)
         assert result.exit_code == 0, result.output
         assert rows in result.output and result.output.splitlines()[-1].endswith(", 0 problems")
 

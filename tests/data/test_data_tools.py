@@ -15,25 +15,14 @@ import datasets
 import numpy as np
 import pyarrow.parquet
 import pytest
-import typer
-from annotation_rows import image_row, text_row, video_row, write_rows
+from annotation_rows import image_row, run, text_row, video_row, write_rows
 from torch.utils.data import DataLoader
-from typer.testing import CliRunner
 from video_files import cut_short, noise_picture, read_number, write_video
 
 from etchat_hf.data import DataSource, ETChatBatchSampler, ETChatDataset, SampleEncoder, StageData, build_dataset
-from etchat_hf.data import cli as data_cli
 from etchat_hf.data import pack as pack_module
 from etchat_hf.data.compress import Compression, compress_tree, compress_video
 from etchat_hf.video_decoding_etchat import open_video, sample_frame_indices
-
-runner = CliRunner()
-
-
-def run(command, *arguments):
-    app = typer.Typer()
-    app.command()(command)
-    return runner.invoke(app, [*map(str, arguments)])
 
 
 def tree(folder: Path) -> list[str]:
@@ -88,14 +77,14 @@ def videos(tmp_path):
 
 def test_same_tree_and_errors_at_the_end(tmp_path, videos):
     cut_short(videos / "a.mp4", videos / "broken.mp4", keep=0.3)
-    result = run(data_cli.compress, videos, tmp_path / "out", "--size", 32, "--workers", 2)
+    result = run("compress", videos, tmp_path / "out", "--size", 32, "--workers", 2)
     assert result.exit_code == 2
     assert f"{videos}/broken.mp4: " in result.output and "1 problems" in result.output
     assert "5 videos compressed, 0 skipped (there already), 1 failed" in result.output
     assert tree(tmp_path / "out") == [".etchat-compress.json", "a.mp4", "b/c.MKV", "b/d/e.mov", "f.avi", "g.webm"]
     (videos / "broken.mp4").unlink()
     modified = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
-    again = run(data_cli.compress, videos, tmp_path / "out", "--size", 32, "--workers", 1)
+    again = run("compress", videos, tmp_path / "out", "--size", 32, "--workers", 1)
     assert again.exit_code == 0 and "0 videos compressed, 5 skipped (there already), 0 failed" in again.output
     assert modified == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
 
@@ -145,6 +134,7 @@ def test_shards_share_the_work_without_overlap(tmp_path, videos):
         (["--size", 225], "even number"),
         (["--size", 32, "--workers", 0], "workers is 0"),
         (["--shard", 3, "--num-shards", 3], "from 0 to 2"),
+        (["--num-shards", 0], "num_shards is 0; it must be at least 1."),
         (["--size", 64], "compressed with {'fps': 3.0, 'size': 32}"),
     ],
 )
@@ -152,15 +142,25 @@ def test_impossible_options_are_one_line(tmp_path, videos, arguments, message):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".etchat-compress.json").write_text('{"fps": 3.0, "size": 32}')
-    result = run(data_cli.compress, videos, out, *arguments)
+    result = run("compress", videos, out, *arguments)
     assert result.exit_code == 2
+    assert result.output.startswith("etchat: error: ")
     assert message in result.output and len(result.output.splitlines()) == 1
 
 
 def test_folders_that_cannot_be_meant(tmp_path, videos):
-    assert "lies inside of" in run(data_cli.compress, videos, videos / "out").output
+    assert "lies inside of" in run("compress", videos, videos / "out").output
     (tmp_path / "empty").mkdir()
-    assert "no videos here" in run(data_cli.compress, tmp_path / "empty", tmp_path / "out").output
+    assert "no videos here" in run("compress", tmp_path / "empty", tmp_path / "out").output
+
+
+def test_unreadable_settings_name_their_file(tmp_path, videos):
+    settings = tmp_path / "out" / ".etchat-compress.json"
+    settings.parent.mkdir()
+    settings.write_text("{")
+    result = run("compress", videos, tmp_path / "out", "--size", 32)
+    assert result.exit_code == 2 and f"etchat: error: {settings}: not valid JSON" in result.output
+    assert "with {'fps': 3.0, 'size': 32}, delete it." in result.output
 
 
 def test_killed_compression_leaves_nothing_half_done(tmp_path):
@@ -204,7 +204,7 @@ ROWS = [
 def test_packed_rows_give_the_same_samples(tmp_path, media, processor, monkeypatch):
     monkeypatch.setattr(pack_module, "ROW_GROUP_ROWS", 4)
     path = write_rows(tmp_path / "rows.json", ROWS)
-    result = run(data_cli.pack, path, media, tmp_path / "packed", "--num-shards", 3)
+    result = run("pack", path, media, tmp_path / "packed", "--num-shards", 3)
     assert result.exit_code == 0, result.output
     assert tree(tmp_path / "packed") == [f"rows-0000{i}-of-00003.parquet" for i in range(3)]
     loose = build_dataset(StageData((DataSource(path, str(media), str(media)),), use_matching=True), processor)
@@ -243,7 +243,7 @@ def test_packed_files_stream_through_datasets_and_share_bytes(tmp_path, media):
 def test_missing_media_are_left_out_listed_and_exit_with_2(tmp_path, media):
     rows = [text_row(0), video_row(1, video="gone.mp4"), video_row(2, video="../out.mp4"), video_row(3, tgt="never")]
     path = write_rows(tmp_path / "rows.json", rows)
-    result = run(data_cli.pack, path, media, tmp_path / "packed")
+    result = run("pack", path, media, tmp_path / "packed")
     assert result.exit_code == 2
     for expected in ("row 1: ", "no such file", "row 2: ", "leaves the root", "row 3: a field", "3 problems"):
         assert expected in result.output
@@ -251,18 +251,28 @@ def test_missing_media_are_left_out_listed_and_exit_with_2(tmp_path, media):
     assert len(dataset) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--num-shards", 0], "num_shards is 0"), (["--shard", 1], "shard is 1; with num_shards 1")],
+)
+def test_shards_that_there_cannot_be(tmp_path, media, arguments, message):
+    result = run("pack", write_rows(tmp_path / "rows.json", ROWS), media, tmp_path / "packed", *arguments)
+    assert result.exit_code == 2 and result.output.startswith(f"etchat: error: {message}")
+    assert not (tmp_path / "packed").exists()
+
+
 def test_left_out_rows_are_listed_until_their_shard_is_packed_again(tmp_path, media):
     path = write_rows(tmp_path / "rows.json", [text_row(0), video_row(1, video="late.mp4")])
     root, packed = tmp_path / "videos", tmp_path / "packed"
     root.mkdir()
-    first, again = (run(data_cli.pack, path, root, packed) for _ in range(2))
+    first, again = (run("pack", path, root, packed) for _ in range(2))
     assert first.exit_code == again.exit_code == 2 and "late.mp4: no such file" in first.output
     shard = packed / "rows-00000-of-00001.parquet"
     assert f"late.mp4: no such file (left out of {shard}: delete that to pack it again)" in again.output
     assert str(root).encode() not in shard.read_bytes()
     shutil.copy(media / "clips" / "0.mp4", root / "late.mp4")
     shard.unlink()
-    assert run(data_cli.pack, path, root, packed).exit_code == run(data_cli.pack, path, root, packed).exit_code == 0
+    assert run("pack", path, root, packed).exit_code == run("pack", path, root, packed).exit_code == 0
     assert tree(packed) == [shard.name] and pyarrow.parquet.read_table(shard).num_rows == 2
 
 
@@ -276,7 +286,7 @@ def test_packing_goes_on_where_it_was_stopped(tmp_path, media, monkeypatch):
         raise KeyboardInterrupt
 
     out = tmp_path / "out"
-    pack_module.pack(path, str(media), out, num_shards=2, shards=[0])
+    pack_module.pack(path, str(media), out, num_shards=2, shard=0)
     with pytest.raises(KeyboardInterrupt):
         pack_module.pack(path, str(media), out, num_shards=2, progress=stopped)
     assert [name for name in tree(out) if not name.startswith(".")] == ["rows-00000-of-00002.parquet"]

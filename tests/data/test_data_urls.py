@@ -6,16 +6,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-import typer
 import yaml
-from annotation_rows import image_row, turns, video_row, write_rows
-from typer.testing import CliRunner
+from annotation_rows import image_row, run, turns, video_row, write_rows
 
 from etchat_hf.data import DataSource, StageData, build_dataset
-from etchat_hf.data import cli as data_cli
 from etchat_hf.data.media import locate
-
-runner = CliRunner()
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -98,14 +93,12 @@ def test_check_and_pack_read_urls(tmp_path, url):
     rows = [video_row(0), video_row(1, video="clips/gone.mp4"), video_row(2, video=f"{url}/clips/2.mp4")]
     config = {"annotations": [write_rows(tmp_path / "rows.json", rows)], "video_root": url, "use_matching": True}
     (tmp_path / "stage.yaml").write_text(yaml.safe_dump(config))
-    result = runner.invoke(data_cli.data_app, ["check", str(tmp_path / "stage.yaml")])
+    result = run("data", "check", tmp_path / "stage.yaml")
     assert result.exit_code == 2 and "3 opened" in result.output, result.output
     assert "row 1: " in result.output and f"{url}/clips/gone.mp4" in result.output
     assert result.output.splitlines()[-1] == "3 rows to train on, 1 problems"
 
-    app = typer.Typer()
-    app.command()(data_cli.pack)
-    result = runner.invoke(app, [config["annotations"][0], url, str(tmp_path / "packed")])
+    result = run("pack", config["annotations"][0], url, tmp_path / "packed")
     assert result.exit_code == 2 and f"{url}/clips/gone.mp4: no such file" in result.output
     packed = build_dataset(StageData((DataSource(f"{tmp_path}/packed/*.parquet"),), use_matching=True), None)
     assert len(packed) == 2

@@ -9,6 +9,7 @@ interrupted goes on with `--resume_from_checkpoint last`.
 
 import os
 import sys
+from pathlib import Path
 
 from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -35,8 +36,12 @@ def main() -> None:
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "max_failure_rate": data_args.max_failure_rate,
     }
+    checkpoint = find_checkpoint(args)
+    skip_log = Path(args.output_dir, "skipped_samples.jsonl")
+    if checkpoint is None and args.process_index == 0:
+        skip_log.unlink(missing_ok=True)
     with args.main_process_first(desc="index of the annotations"):
-        dataset = build_dataset(stage, processor, skip_log=f"{args.output_dir}/skipped_samples.jsonl", **options)
+        dataset = build_dataset(stage, processor, skip_log=skip_log, **options)
         eval_dataset = build_dataset(eval_stage, processor, **options) if eval_stage else None
 
     set_seed(args.seed)  # heads and LoRA start fresh, and alike in all processes
@@ -50,7 +55,7 @@ def main() -> None:
         eval_dataset=eval_dataset,
         data_collator=ETChatDataCollator(processor),
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_stage()
     if trainer.is_world_process_zero():
         print(dataset.skips.summary())

@@ -77,9 +77,17 @@ class SkipReport:
         line = f"{counts} (this process)"
         if self.log is None or not self.log.is_file():
             return line
-        with open(self.log, encoding="utf-8") as file:
-            reasons = Counter(json.loads(entry)["reason"] for entry in file)
-        return "\n".join([line, *(f"{count:6d} x {reason}" for reason, count in reasons.most_common(10))])
+        reasons, num_torn = Counter(), 0
+        with open(self.log, encoding="utf-8", errors="replace") as file:
+            for entry in file:
+                try:
+                    reasons[json.loads(entry)["reason"]] += 1
+                except ValueError:
+                    num_torn += 1
+        lines = [line, *(f"{count:6d} x {reason}" for reason, count in reasons.most_common(10))]
+        if num_torn:
+            lines.append(f"{num_torn:6d} lines of {self.log} are not readable: a process was killed while it wrote")
+        return "\n".join(lines)
 
 
 def _increment(counter) -> int:

@@ -205,6 +205,19 @@ def test_unreadable_samples_are_replaced_counted_and_logged(tmp_path, caplog):
     ]
 
 
+def test_a_torn_line_of_the_log_is_counted(tmp_path):
+    log = tmp_path / "skipped.jsonl"
+    dataset = make_dataset(tmp_path, [text_row(i) for i in range(4)], skip_log=log)
+    dataset.skips.add_skip("a row 1", 1, "broken")
+    with open(log, "a", encoding="utf-8") as file:
+        file.write(log.read_text()[:25] + "\n")
+    dataset.skips.add_skip("a row 2", 2, "broken")
+    assert dataset.skips.summary().splitlines()[1:] == [
+        "     2 x broken",
+        f"     1 lines of {log} are not readable: a process was killed while it wrote",
+    ]
+
+
 def test_too_many_failures_stop_the_run(tmp_path):
     rows = [text_row(i) | ({"broken": True} if i % 3 == 0 else {}) for i in range(90)]
     dataset = make_dataset(tmp_path, rows, max_failure_rate=0.1)

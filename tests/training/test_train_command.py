@@ -123,3 +123,13 @@ def test_broken_and_unfit_base_models(train, tmp_path, start):
 def test_resuming_where_there_is_nothing_says_so(train, capsys):
     assert train(resume_from_checkpoint="last", max_steps=1) is None
     assert "holds no checkpoint; beginning anew" in capsys.readouterr().err
+
+
+def test_skipped_samples_are_of_this_run_and_those_it_goes_on_from(train, tmp_path, capsys):
+    log = tmp_path / "out" / "skipped_samples.jsonl"
+    log.parent.mkdir()
+    log.write_text(json.dumps({"sample": "a row", "id": 0, "reason": "of an earlier run"}) + "\n")
+    assert train(max_steps=1) is None and not log.exists()
+    log.write_text(json.dumps({"sample": "a row", "id": 0, "reason": "before the stop"}) + "\n")
+    assert train(max_steps=2, resume_from_checkpoint="last") is None
+    assert "1 x before the stop" in capsys.readouterr().out

@@ -85,7 +85,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full-size", action="store_true", help="all layers: some 10 GB")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; a temporary one by default")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--convert", nargs=2, type=Path, help="(a child process) source and destination")
     options = parser.parse_args()
     if options.convert:

@@ -120,7 +120,7 @@ def plot(name: str, curves: dict[str, dict[int, tuple]]) -> None:
 
 def main() -> int:
     parser = build_parser(__doc__)
-    parser.add_argument("--frames", type=int, default=512)
+    parser.add_argument("--frames", type=int, default=128)
     options = parse(parser)
     model = build_model(options.full_size, options.device)
     held = []

@@ -79,7 +79,7 @@ def prepare(name: str, options):
 
 def main() -> int:
     parser = build_parser(__doc__)
-    parser.set_defaults(repeats=3)
+    parser.set_defaults(repeats=2)
     parser.add_argument("--measure", choices=STEPS, help="(a child process) measure the memory of one step")
     options = parse(parser)
     if options.measure:

@@ -87,6 +87,7 @@ def clip_and_questions(model, questions: int) -> tuple:
 
 def main() -> int:
     parser = build_parser(__doc__)
+    parser.set_defaults(repeats=3)
     parser.add_argument("--encode", type=int, help="(a child process) measure the memory for so many frames")
     parser.add_argument("--ask", type=int, help="(a child process) measure the memory for so many questions")
     options = parse(parser)

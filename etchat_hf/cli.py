@@ -9,13 +9,29 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
+from etchat_hf import __version__
 from etchat_hf.conversion.cli import convert
 from etchat_hf.data.cli import compress, data_app, pack
 from etchat_hf.evaluation.cli import app as evaluate_app
 from etchat_hf.evaluation.infer_cli import app as infer_app
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"etchat_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def etchat(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Ask "when?" of a video and get seconds back: E.T. Chat for the Hugging Face ecosystem."""
 
 
 class ManyTimes(TyperCommand):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.utils import logging
@@ -18,7 +19,7 @@ from .processing_etchat import VID_TOKEN, EncodedClip, ETChatProcessor
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHOWN_KEYS = 3
-WINDOW_KEYS = ("answer", "timestamps", "spans")
+WINDOW_KEYS = ("answer", "timestamps", "confidences", "spans")
 LIST_KEYS = ("timestamps", "confidences", "frames")
 # Tokens of the context that frames leave free by default: 256 for the prompt's text, 256 for the answer.
 TEXT_ROOM = 512
@@ -77,7 +78,7 @@ def check_is_converted(model: str | Path):
     folder = Path(model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{model} holds no config.json; give a folder that `etchat convert` wrote.")
-    if not folder.exists() and (folder.is_absolute() or str(model).count("/") != 1):
+    if not folder.exists() and not _is_hub_id(str(model)):
         raise FileNotFoundError(f"{model} does not exist, and is not a Hub id of the form user/name.")
     if folder.is_file():
         raise ValueError(f"{model} is a file; give the folder of a converted checkpoint, or a Hub id.")
@@ -89,6 +90,14 @@ def check_is_converted(model: str | Path):
         )
     if model_type != "etchat":
         raise ValueError(f"{model} has model_type {model_type!r} in its config.json; expected 'etchat'.")
+
+
+def _is_hub_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def check_complete(model: str | Path, info: dict):
@@ -197,7 +206,8 @@ def ask_windows(
 
     Returns:
         `dict`: as [`ask`]; `answer` has a line per window. `spans` that overlap, as where two windows saw the same
-        event, are merged. `windows` holds each window's `start`, `end`, `answer`, `timestamps` and `spans`.
+        event, are merged. `windows` holds each window's `start`, `end`, `answer`, `timestamps`,
+        `confidences` and `spans`.
 
     Raises:
         FileNotFoundError, ValueError: as [`ask`]; also if a window is not longer than its overlap.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AddedToken, BatchFeature, ProcessorMixin
+from transformers.utils import ModelOutput
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .generation_etchat import ETChatGenerateOutput
@@ -354,7 +355,15 @@ class ETChatProcessor(ProcessorMixin):
               given.
             - **confidences** (`list` of `float`): the probability of each matched frame.
             - **frames** (`list` of `int`): index of each matched frame among the clip's sampled frames.
+
+        Raises:
+            TypeError: for token ids alone, which do not tell the times of `<vid>`.
         """
+        if not isinstance(outputs, ModelOutput):
+            raise TypeError(
+                f"post_process got a {type(outputs).__name__}, which does not tell the times of <vid>; "
+                "pass what generate(..., return_dict_in_generate=True) returns."
+            )
         return [
             self._read_answer(sequence[outputs.prompt_length :].tolist(), matches)
             for sequence, matches in zip(outputs.sequences, outputs.matches, strict=True)

@@ -62,13 +62,23 @@ def main() -> None:
 
 
 def find_checkpoint(args: ETChatTrainingArguments) -> str | None:
-    """The checkpoint to go on from; `last`, where there is none yet, begins anew and says so."""
+    """
+    The checkpoint to go on from; `last`, where there is none yet, begins anew and says so.
+
+    Raises:
+        ValueError: for checkpoints of an earlier run, which the new ones would be mixed and rotated with.
+    """
+    last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+    if args.resume_from_checkpoint is None and last is not None:
+        raise ValueError(
+            f"{last} is of an earlier run; go on from it with --resume_from_checkpoint last, or give another "
+            "--output_dir."
+        )
     if args.resume_from_checkpoint != "last":
         return args.resume_from_checkpoint
-    checkpoint = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
-    if checkpoint is None:
+    if last is None:
         print(f"train.py: {args.output_dir} holds no checkpoint; beginning anew.", file=sys.stderr)
-    return checkpoint
+    return last
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
+import etchat_hf
 from etchat_hf.cli import main
 
 
@@ -86,6 +87,7 @@ def bad_files(tmp_path, converted, golden, clip):
         ("{clip}", "When?", ("--dtype", "int3"), "int3"),
         ("{clip}", "When?", ("--device", "abacus"), "abacus"),
         ("{clip}", "When?", ("--model", "{tmp}/none"), "does not exist"),
+        ("{clip}", "When?", ("--model", "../none"), "does not exist"),
         ("{clip}", "When?", ("--model", "{tmp}/bare"), "no config.json"),
         ("{clip}", "When?", ("--model", "{tmp}/notes.txt"), "is a file"),
         ("{clip}", "When?", ("--model", "{original}"), "etchat convert"),
@@ -104,6 +106,10 @@ def test_ask_refuses_in_one_line(capsys, converted, clip, bad_files, video, ques
     assert code == 2 and out == ""
     assert message in err.splitlines()[-1] and err.splitlines()[-1].startswith("etchat: error: ")
     assert "Traceback" not in err
+
+
+def test_version(capsys):
+    assert run(capsys, "--version")[:2] == (0, f"etchat_hf {etchat_hf.__version__}\n")
 
 
 def test_usage_errors_exit_with_2(capsys, clip):

@@ -260,3 +260,8 @@ def test_seconds_are_rounded_in_the_text_only(processor):
     assert result["text"].split() == ["2.1", "3.5"]
     assert result["timestamps"] == [3 * 0.7, 5 * 0.7]
     assert answer(processor, "<vid>", [1], step=2.96)["text"] == "3"
+
+
+def test_ids_alone_are_no_answer(processor):
+    with pytest.raises(TypeError, match="return_dict_in_generate=True"):
+        processor.post_process(torch.tensor([[1, 2, 3]]))

@@ -11,7 +11,7 @@ import pyarrow.parquet
 
 from etchat_hf.data.annotations import MEDIA_COLUMN, open_annotations
 from etchat_hf.data.compress import check_shard
-from etchat_hf.data.media import locate
+from etchat_hf.data.media import URL_PREFIXES, locate
 from etchat_hf.data.rows import modality_of
 from etchat_hf.video_decoding_etchat import Source
 
@@ -47,8 +47,9 @@ def pack(
     progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows,
 ) -> list[str]:
     """
-    Writes `destination/NAME-00000-of-0000N.parquet`. Each shard appears when it is complete, and shards that are there
-    are passed over. Within a shard rows are sorted by media, and rows that share media share the stored bytes.
+    Writes `destination/NAME-00000-of-0000N.parquet`. Each shard appears when it is complete. Shards that are there are
+    passed over, unless rows were left out of them: these are packed again. Within a shard rows are sorted by media,
+    and rows that share media share the stored bytes.
 
     Args:
         annotations (`str`): as of [`DataSource`].
@@ -59,23 +60,24 @@ def pack(
         progress: wraps the iterator over a shard's rows; called with their number.
 
     Returns:
-        `list` of `str`: the rows that are left out, and why; also those of shards that are passed over.
+        `list` of `str`: the rows that are left out, and why.
 
     Raises:
-        FileNotFoundError: if there are no annotations.
+        FileNotFoundError: if there are no annotations, or no folder of media.
         ValueError: if they are malformed, or a shard does not exist.
     """
     check_shard(shard, num_shards)
     files = open_annotations(annotations)
+    for root in filter(None, (media_root, image_root)):
+        if not root.startswith(URL_PREFIXES) and not Path(root).is_dir():
+            raise FileNotFoundError(f"{root}: no such folder of media")
     destination.mkdir(parents=True, exist_ok=True)
     stem = Path(files[0].name).stem
     roots = {"video": media_root, "image": image_root or media_root}
     problems = []
     for number in range(num_shards) if shard is None else [shard]:
         path = destination / f"{stem}-{number:05d}-of-{num_shards:05d}.parquet"
-        if path.exists():
-            again = f"(left out of {path}: delete that to pack it again)"
-            problems += [f"{problem} {again}" for problem in _kept_problems(path)]
+        if path.exists() and not _problems_file(path).exists():
             continue
         places = [(file, position) for file in files for position in range(len(file.index))][number::num_shards]
         rows = _sorted_by_media((f"{file.name} row {position}", file.read(position)) for file, position in places)
@@ -96,33 +98,16 @@ def _write_shard(path: Path, rows: Iterable[tuple[str, dict]], roots: dict[str, 
     ) as writer:
         for group in _groups(_with_media(rows, roots, problems)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema=SCHEMA), row_group_size=len(group))
-    _keep_problems(path, problems)
+    _problems_file(path).write_text("\n".join(problems), encoding="utf-8", errors="backslashreplace")
     os.replace(partial, path)
+    if not problems:
+        _problems_file(path).unlink()
     return problems
 
 
-# Beside the shard and hidden: they name folders of this machine, which a published shard must not
 def _problems_file(shard: Path) -> Path:
-    return shard.with_name(f".{shard.name}.left-out.json")
-
-
-def _keep_problems(shard: Path, problems: list[str]) -> None:
-    path = _problems_file(shard)
-    path.unlink(missing_ok=True)
-    if problems:
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(problems, indent=0), encoding="utf-8")
-        os.replace(partial, path)
-
-
-def _kept_problems(shard: Path) -> list[str]:
-    path = _problems_file(shard)
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not valid JSON ({error}); delete it and {shard.name} to pack them again."
-        ) from error
+    """Beside the shard and hidden: it names folders of this machine, which a published shard must not."""
+    return shard.with_name(f".{shard.name}.left-out.txt")
 
 
 def _with_media(rows: Iterable[tuple[str, dict]], roots: dict[str, str], problems: list[str]) -> Iterator[dict]:

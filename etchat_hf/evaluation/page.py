@@ -270,7 +270,7 @@ def _worst_cases(cases: Sequence[Case]) -> list[str]:
         '<p class="legend"><span class="key target"></span> annotated <span class="key predicted"></span> answered '
         '<span class="key track"></span> the video, where its length is known</p>',
     ]
-    for task, part in _by_task(case for case in cases if not case.failed).items():
+    for task, part in _by_task(case for case in cases if not case.failed and case.score < 1).items():
         parts.append(f"<h3>{escape(task)}</h3>")
         parts += [_worst_case(case) for case in sorted(part, key=lambda case: case.score)[:CASES_PER_TASK]]
     return parts
@@ -305,7 +305,9 @@ def _timeline(case: Case) -> str:
     def place(time: float) -> float:
         return 100 * max(time, 0) / end
 
-    drawn = [f'<rect class="track" width="{place(case.duration or end):.2f}%" y="0" height="36"/>']
+    drawn = []
+    if case.duration:
+        drawn.append(f'<rect class="track" width="{place(case.duration):.2f}%" y="0" height="36"/>')
     for kind, spans, y in (("target", case.target, 2), ("predicted", case.predicted, 20)):
         for start, stop in map(sorted, spans):
             title = f"{kind} {start:g} - {stop:g} s"

@@ -172,10 +172,8 @@ def _fill_charades(row: dict, answer: Answer) -> dict:
 
 
 def _read_mvbench(path: Path) -> list[dict]:
-    """Reads a JSON array, or a folder of one per task; rows of such a folder get the file's name as `task`."""
-    if not path.is_dir():
-        return _read_array(path)
-    files = sorted(path.glob("*.json"))
+    """Reads a JSON array, or a folder of one per task; rows without a `task` get the file's name as theirs."""
+    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path}: no annotation files (*.json) in this folder")
     return [{"task": file.stem, **row} for file in files for row in _read_array(file)]

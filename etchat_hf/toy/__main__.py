@@ -1,7 +1,7 @@
 """From nothing to a model that says when: `python -m etchat_hf.toy` (or `make toy`) in a clone of the repository.
 
 Draws the toy world, trains the three stages by `accelerate launch examples/train.py`, and asks the result about videos
-that it has never seen. About six minutes on two CPU cores; the same seed gives the same model.
+that it has never seen. Under ten minutes on two CPU cores; the same seed gives the same model.
 """
 
 import argparse

@@ -67,6 +67,11 @@ def test_charades_lines(tmp_path):
         CHARADES.read(path)
 
 
+def test_mvbench_file_of_one_task(tmp_path):
+    (tmp_path / "moving_count.json").write_text(json.dumps([{"video": "x.mp4"}, {"video": "y.mp4", "task": "own"}]))
+    assert [row["task"] for row in MVBENCH.read(tmp_path / "moving_count.json")] == ["moving_count", "own"]
+
+
 def test_mvbench_folder_of_tasks(tmp_path):
     row = {
         "video": "x.mp4",

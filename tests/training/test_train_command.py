@@ -117,7 +117,14 @@ def test_broken_and_unfit_base_models(train, tmp_path, start):
     assert "a LoRA checkpoint; start from the stage's merged model" in train(
         model_name_or_path=tmp_path / "out" / "checkpoint-1"
     )
-    assert "matches <vid>, but the data have none" in train(model_name_or_path=tmp_path / "out", use_matching=False)
+    trained = {"model_name_or_path": tmp_path / "out", "output_dir": tmp_path / "next"}
+    assert "matches <vid>, but the data have none" in train(**trained, use_matching=False)
+
+
+def test_a_folder_with_checkpoints_is_not_trained_over(train, tmp_path):
+    assert train(max_steps=1) is None
+    assert "checkpoint-1 is of an earlier run; go on from it with --resume_from_checkpoint last" in train(max_steps=1)
+    assert (tmp_path / "out" / "checkpoint-1" / "config.json").is_file()
 
 
 def test_resuming_where_there_is_nothing_says_so(train, capsys):

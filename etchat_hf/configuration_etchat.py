@@ -99,7 +99,9 @@ class ETChatConfig(PreTrainedConfig):
         text = self.text_config
         model_type = text.get("model_type", "phi3") if isinstance(text, dict) else text.model_type if text else "phi3"
         if model_type not in TEXT_MODEL_TYPES:
-            raise ValueError(f"text_config.model_type is {model_type!r}; it must be one of {TEXT_MODEL_TYPES}.")
+            raise ValueError(
+                f"text_config.model_type is {model_type!r}; it must be one of {', '.join(TEXT_MODEL_TYPES)}."
+            )
 
     def validate_combinations(self):
         """Checks that the fields go together; `ValueError` if not. Call it after changing one."""

@@ -13,6 +13,6 @@ def load_chat_template(conv_type: str) -> str:
         ValueError: for an unknown conversation type.
     """
     if conv_type not in CONV_TYPES:
-        raise ValueError(f"conv_type is {conv_type!r}; it must be one of {CONV_TYPES}.")
+        raise ValueError(f"conv_type is {conv_type!r}; it must be one of {', '.join(CONV_TYPES)}.")
     folder = Path(__file__).parent
     return "".join((folder / name).read_text(encoding="utf-8") for name in ("_content.jinja", f"{conv_type}.jinja"))

@@ -31,10 +31,12 @@ class SourceCheck:
     def report(self, shown: int | None = SHOWN_PROBLEMS) -> str:
         """Lines for people, with so many of the problems; `None`: all."""
         kept = ", ".join(f"{self.kept[name]} {name}" for name in MODALITIES if self.kept[name]) or "none"
+        roots = {"images": self.source.image_root, "videos": self.source.video_root}
+        media = [f"{name} under {root}" for name, root in roots.items() if root is not None]
         lines = [
             self.source.annotations,
             f"  rows {self.rows}, after filters {self.kept.total()} ({kept})",
-            f"  images under {self.source.image_root}, videos under {self.source.video_root}; {self.opened} opened",
+            f"  {', '.join([*media, f'{self.opened} opened'])}",
             f"  problems: {len(self.problems)}",
             *(f"    {problem}" for problem in self.problems[:shown]),
         ]

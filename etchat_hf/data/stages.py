@@ -73,7 +73,7 @@ class StageData:
         if not self.sources:
             raise ValueError("A stage needs at least one data source.")
         if self.conv_type not in CONV_TYPES:
-            raise ValueError(f"conv_type is {self.conv_type!r}; it must be one of {CONV_TYPES}.")
+            raise ValueError(f"conv_type is {self.conv_type!r}; it must be one of {', '.join(CONV_TYPES)}.")
         if not self.fps > 0:
             raise ValueError(f"fps is {self.fps}; it must be greater than 0.")
 

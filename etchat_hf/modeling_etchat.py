@@ -6,6 +6,7 @@ compressor makes one embedding per frame, `ETChatModel` merges them and runs the
 This file travels with every saved model, so it imports only its neighbours and public packages.
 """
 
+import inspect
 import json
 import math
 from dataclasses import dataclass
@@ -891,7 +892,7 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             `torch.FloatTensor` of shape `(B, n, T)`, float32, `-inf` where there is no frame.
         """
         scores = self.vid_head(states).float() @ frame_keys.mT
-        return scores.masked_fill(~frame_mask[:, None].to(scores.device), float("-inf"))
+        return torch.where(frame_mask[:, None].to(scores.device), scores, float("-inf"))
 
     def _match_loss(self, outputs: ETChatModelOutputWithPast, frame_keys, labels, num_samples=None):
         """Soft-label cross entropy of the labels' `<vid>`: mean over a sample's targets, then over the samples."""
@@ -910,5 +911,8 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         per_sample = losses.new_zeros(len(labels)).index_add(0, rows, losses)[counts > 0] / counts[counts > 0]
         return per_sample.sum() / (len(per_sample) if num_samples is None else num_samples), scores
 
+
+# `generate` asks for it at each token of a model whose code travels with it; to make it anew takes 1 % of a token.
+ETChatForConditionalGeneration.forward.__signature__ = inspect.signature(ETChatForConditionalGeneration.forward)
 
 __all__ = ["ETChatForConditionalGeneration", "ETChatModel", "ETChatPreTrainedModel"]

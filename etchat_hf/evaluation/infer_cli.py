@@ -55,7 +55,7 @@ def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> Non
             float | None, typer.Option(help="Frames per second; default: as the model was trained.")
         ] = None,
         max_frames: Annotated[int | None, typer.Option(help="The most frames of a video.")] = None,
-        decode_threads: Annotated[int | None, typer.Option(help="Videos decoded at once, per process.")] = None,
+        decode_workers: Annotated[int | None, typer.Option(help="Processes that decode videos, per process.")] = None,
         dtype: Annotated[str, typer.Option(help="float32, float16, bfloat16, or auto: as stored.")] = "auto",
         device: Annotated[
             str | None, typer.Option(help="Such as cpu or cuda:0; default: one GPU per process.")
@@ -70,7 +70,7 @@ def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> Non
 
         from ..clip_encoder import ClipEncoder
         from ..inference import load
-        from .clips import default_threads
+        from .clips import default_workers
         from .runner import Settings, check_videos, infer, join_processes
 
         output = output or _default_output(model, benchmark.name)
@@ -81,7 +81,7 @@ def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> Non
             seed=seed,
             fps=fps,
             max_frames=max_frames,
-            decode_threads=default_threads() if decode_threads is None else decode_threads,
+            decode_workers=default_workers() if decode_workers is None else decode_workers,
         )
         rows = benchmark.read(annotations)
         check_videos(videos)

@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from tqdm import tqdm
 from ..clip_encoder import ClipEncoder, DecodedClip
 from ..modeling_etchat import ETChatForConditionalGeneration
 from ..processing_etchat import EncodedClip, ETChatProcessor
+from ..video_processing_etchat import ETChatVideoProcessor
 from .answering import Prompt, answer_batch, write_prompt
-from .clips import default_threads, find_video, read_ahead, sample_video
+from .clips import default_workers, find_video, read_ahead, reason_of, sample_video
 from .plan import Batch, Group
 from .tasks import Request
 
@@ -29,7 +31,7 @@ class Settings:
         seed: Of the sampling; each row's draws depend on it and the row's position alone.
         fps: Frames sampled per second; None as the model was trained.
         max_frames: Lowers the rate of longer videos to so many frames.
-        decode_threads: Videos decoded at once.
+        decode_workers: Processes that decode videos ahead of the model.
     """
 
     batch_size: int = 8
@@ -38,10 +40,10 @@ class Settings:
     seed: int = 0
     fps: float | None = None
     max_frames: int | None = None
-    decode_threads: int = default_threads()
+    decode_workers: int = default_workers()
 
     def __post_init__(self):
-        for name in ("batch_size", "max_new_tokens", "decode_threads", "max_frames", "fps"):
+        for name in ("batch_size", "max_new_tokens", "decode_workers", "max_frames", "fps"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} is {value}; it must be positive")
@@ -89,24 +91,27 @@ class Pipeline:
         self.processor = processor
         self.encoder = encoder
         self.requests = requests
-        self.videos = videos
         self.settings = settings
+        self.read = partial(_decode, encoder, processor.video_processor, videos, settings)
         self.clock = Clock()
 
     def answer(self, groups: Sequence[Group]) -> Iterator[list[dict]]:
         """Answers groups of batches of rows, those of one video in one group; yields records for the journal."""
         keys = [self._videos_of(group) for group in groups]
         clips = read_ahead(
-            self._read, [key for part in keys for key in part], self.settings.batch_size, self.settings.decode_threads
+            self.read, [key for part in keys for key in part], self.settings.batch_size, self.settings.decode_workers
         )
         for group, group_keys in zip(groups, keys, strict=True):
             found: dict[Hashable, EncodedClip] = {}
             errors: dict[Hashable, str] = {}
             for key in group_keys:
+                clip = next(clips)
+                if isinstance(clip, str):
+                    errors[key] = clip
+                    continue
                 try:
-                    clip = next(clips).result()
                     with self.clock:
-                        found[key] = self.encoder.encode(clip)
+                        found[key] = self._encode(key, clip)
                 except (OSError, ValueError) as error:
                     errors[key] = reason_of(error)
                 except torch.OutOfMemoryError as error:
@@ -118,13 +123,11 @@ class Pipeline:
     def _videos_of(self, group: Group) -> list[Hashable]:
         return list(dict.fromkeys(video_of(self.requests[row]) for batch in group for row in batch))
 
-    def _read(self, key: Hashable) -> EncodedClip | DecodedClip:
-        names, segment = key
-        path = find_video(self.videos, names)
-        settings = self.settings
-        return self.encoder.decode(
-            sample_video(self.processor.video_processor, path, segment, settings.fps, settings.max_frames)
-        )
+    def _encode(self, key: Hashable, clip: DecodedClip) -> EncodedClip:
+        try:
+            return self.encoder.encode(clip)
+        except FileNotFoundError:  # its features were deleted since it was looked for
+            return self.encoder.encode(self.read(key))
 
     def _answer_batch(
         self, batch: Batch, found: dict[Hashable, EncodedClip], errors: dict[Hashable, str]
@@ -174,9 +177,12 @@ class Pipeline:
         return [{"row": row, **asdict(answer)} for row, answer in zip(prompts, answers, strict=True)]
 
 
-def reason_of(error: Exception) -> str:
-    """An error's message in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+def _decode(
+    encoder: ClipEncoder, video_processor: ETChatVideoProcessor, folder: Path, settings: Settings, key: Hashable
+) -> DecodedClip:
+    names, segment = key
+    path = find_video(folder, names)
+    return encoder.decode(sample_video(video_processor, path, segment, settings.fps, settings.max_frames))
 
 
 def video_of(request: Request) -> Hashable:

@@ -1,6 +1,6 @@
 """Answers to all rows of a benchmark, by one process or by many: the same answers either way.
 
-A row's way: annotation -> request -> group (plan) -> clip, decoded ahead in threads (clips) -> vision features, once
+A row's way: annotation -> request -> group (plan) -> clip, decoded ahead in processes (clips) -> vision features, once
 per video -> prompt and answer, batch by batch (answering) -> journal -> merged predictions.
 """
 
@@ -20,8 +20,9 @@ from tqdm import tqdm
 from ..clip_encoder import ClipEncoder, fingerprint, settings_of
 from ..modeling_etchat import ETChatForConditionalGeneration
 from ..processing_etchat import ETChatProcessor
+from .clips import reason_of
 from .journal import Journal, check_same_run, discard, read_journals, write_run
-from .pipeline import Pipeline, Settings, reason_of, video_of
+from .pipeline import Pipeline, Settings, video_of
 from .plan import Group, leave_out_answered, plan_groups, share_groups
 from .predictions import FAILURES_FILE, PREDICTIONS_FILE, write_atomic
 from .tasks import NO_ANSWER, Answer, Benchmark, Request

@@ -211,7 +211,7 @@ def test_answer_start_follows_a_space_where_the_prompt_ends_in_none(tiny, world,
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_answers_do_not_depend_on_the_batch_size(tiny, world, alone, batch_size):
     folder, rows = world
-    settings = Settings(batch_size=batch_size, max_new_tokens=16, decode_threads=1)
+    settings = Settings(batch_size=batch_size, max_new_tokens=16, decode_workers=1)
     other = infer(*tiny, ETBENCH, rows, folder / "videos", settings, show_progress=False)
     assert (other.predictions, other.failures) == (alone.predictions, alone.failures)
 
@@ -288,6 +288,30 @@ def test_out_of_memory_in_the_vision_encoder_fails_the_rows_of_that_video(tiny, 
     result = infer(*tiny, ETBENCH, rows[:4], folder / "videos", SETTINGS, show_progress=False)
     assert result.failures == {2: "out of memory: tried to allocate"}
     assert [result.predictions[k]["a"] for k in (0, 1, 3)] == [alone.predictions[k]["a"] for k in (0, 1, 3)]
+
+
+def test_stored_clips_that_vanish_during_the_run_are_decoded(tiny, world, alone, tmp_path, monkeypatch):
+    folder, rows = world
+    infer(
+        *tiny,
+        ETBENCH,
+        rows[:4],
+        folder / "videos",
+        SETTINGS,
+        show_progress=False,
+        encoder=ClipEncoder(*tiny, tmp_path),
+    )
+    encoder = ClipEncoder(*tiny, tmp_path)
+    encode = encoder.encode
+
+    def too_late(clip):
+        for file in tmp_path.glob("*.safetensors"):
+            file.unlink()
+        return encode(clip)
+
+    monkeypatch.setattr(encoder, "encode", too_late)
+    result = infer(*tiny, ETBENCH, rows[:4], folder / "videos", SETTINGS, show_progress=False, encoder=encoder)
+    assert result.predictions[:4] == alone.predictions[:4] and not result.failures
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tiny, world, alone, tmp_path):
@@ -502,7 +526,7 @@ def test_command_line_defaults_resumes_retries_and_scores(world, tmp_path):
         ({"--max-new-tokens": "-1"}, "max_new_tokens is -1; it must be positive"),
         ({"--fps": "0"}, "fps is 0.0; it must be positive"),
         ({"--fps": "nan"}, "fps is nan; it must be positive"),
-        ({"--decode-threads": "0"}, "decode_threads is 0; it must be positive"),
+        ({"--decode-workers": "0"}, "decode_workers is 0; it must be positive"),
         ({"--seed": "-1"}, "seed is -1; it must not be negative"),
         ({"--dtype": "int3"}, "'int3'"),
         ({"--device": "abacus"}, "abacus"),

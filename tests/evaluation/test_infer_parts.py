@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from etchat_hf.clip_encoder import DecodedClip
 from etchat_hf.evaluation.clips import find_video, read_ahead, sample_video
 from etchat_hf.evaluation.decoding import RowBudgets, RowRepetitionPenalty, RowSampler
 from etchat_hf.evaluation.journal import Journal, check_same_run, read_journals, write_run
@@ -136,24 +137,34 @@ def test_folder_of_frames_is_a_clip_at_three_per_second(tmp_path):
     assert clip.frame_times == pytest.approx([0, 1, 2])
 
 
-def test_reading_ahead_is_ordered_and_bounded():
-    started = []
-
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reading_ahead_is_ordered_and_bounded(tmp_path, dtype):
     def read(key):
-        started.append(key)
+        (tmp_path / f"{key}").touch()
         if key == 2:
-            raise ValueError("broken")
-        return key
+            raise ValueError("broken\nfile")
+        return DecodedClip(torch.full((1, 3, 4, 4), key, dtype=dtype), [0.0], [key], {}, None)
 
-    futures = read_ahead(read, range(20), ahead=3, num_threads=2)
-    for key, future in zip(range(20), futures, strict=True):
-        assert len(started) <= key + 4
+    clips = read_ahead(read, range(20), ahead=4, num_workers=2)
+    for key, clip in zip(range(20), clips, strict=True):
+        assert len(list(tmp_path.iterdir())) <= key + 6
         if key == 2:
-            with pytest.raises(ValueError, match="broken"):
-                future.result()
+            assert clip == "broken file"
         else:
-            assert future.result() == key
-    assert sorted(started) == list(range(20))
+            assert clip.frame_indices == [key]
+            assert torch.equal(clip.pixel_values, torch.full((1, 3, 4, 4), key, dtype=dtype))
+
+
+def test_what_is_no_fault_of_the_video_stops_reading_ahead():
+    def read(key):
+        raise TypeError("a mistake in the code")
+
+    with pytest.raises(TypeError, match="a mistake in the code"):
+        list(read_ahead(read, range(3), ahead=2, num_workers=1))
+
+
+def test_nothing_to_read_ahead():
+    assert list(read_ahead(None, [], ahead=8, num_workers=2)) == []
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 7])

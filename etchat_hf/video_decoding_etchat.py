@@ -32,6 +32,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 
 # In order of preference.
 BACKENDS = ("pyav", "torchcodec", "decord")
@@ -70,6 +71,11 @@ NO_TIME = np.iinfo(np.int64).min
 
 # decord raises only when more than `fault_tol` (a share) of the frames were replaced by another one: allow none.
 NO_FAULTS = 1e-9
+
+
+def decoder_threads() -> int:
+    """0, for as many as a decoder likes; but 1 where torch too has just one, as in a data loader's workers."""
+    return int(torch.get_num_threads() == 1)
 
 
 class VideoReader(ABC):
@@ -614,7 +620,7 @@ class PyAVReader(VideoReader):
 
     def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         ticks = self._ticks[self.check_indices(indices)]
-        done, threads, may_seek = 0, 0, self._format in INDEXED_FORMATS
+        done, threads, may_seek = 0, decoder_threads(), self._format in INDEXED_FORMATS
         while done < len(ticks):
             try:
                 for picture in self._read_ticks(ticks[done:], threads, may_seek):
@@ -766,7 +772,7 @@ class DecordReader(VideoReader):
     def _retried(self, step: Callable[[int], Any]) -> Any:
         """The result of `step` with all threads, or with one where that fails."""
         try:
-            return step(0)
+            return step(decoder_threads())
         except self._errors:
             pass
         try:
@@ -798,7 +804,7 @@ class DecordReader(VideoReader):
     def read(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
         indices = self.check_indices(indices)
         done = 0
-        for threads in (0, 1):
+        for threads in (decoder_threads(), 1):
             try:
                 for picture in self._read(indices[done:], threads):
                     yield picture
@@ -845,7 +851,7 @@ class TorchcodecReader(VideoReader):
             self.path, self.name = source.path, source.name
             check_exact("torchcodec", self.name, index.torchcodec_obstacle if index is not None else None)
             self._decoder = self._guarded(
-                import_decoder("torchcodec").VideoDecoder, source.location, num_ffmpeg_threads=0
+                import_decoder("torchcodec").VideoDecoder, source.location, num_ffmpeg_threads=decoder_threads()
             )
         if index is None:
             self._index_by_decoding()

@@ -153,5 +153,5 @@ def reason_of(error: Exception) -> str:
 
 
 def default_workers() -> int:
-    """How many videos to decode at once: each decoder has threads of its own."""
+    """How many videos to decode at once."""
     return max(1, min(4, (os.cpu_count() or 1) // 2))

@@ -32,7 +32,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
+from torch.utils.data import get_worker_info
 
 # In order of preference.
 BACKENDS = ("pyav", "torchcodec", "decord")
@@ -74,8 +74,8 @@ NO_FAULTS = 1e-9
 
 
 def decoder_threads() -> int:
-    """0, for as many as a decoder likes; but 1 where torch too has just one, as in a data loader's workers."""
-    return int(torch.get_num_threads() == 1)
+    """0, for as many as a decoder likes; but 1 in a data loader's workers, which share the cores already."""
+    return int(get_worker_info() is not None)
 
 
 class VideoReader(ABC):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import video_files
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
 
@@ -238,6 +239,20 @@ def test_an_error_in_decord_is_retried_with_one_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding.DecordReader, "_read", fail_with_many_threads)
     assert numbers(reader, [2, 5, 7]) == [2, 5, 7]
     assert threads == [0, 1]
+
+
+class ThreadsOfADecoder(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return decoding.decoder_threads()
+
+
+def test_a_loaders_workers_decode_with_one_thread_each():
+    assert decoding.decoder_threads() == 0
+    loader = torch.utils.data.DataLoader(ThreadsOfADecoder(), batch_size=None, num_workers=1)
+    assert list(loader) == [1]
 
 
 def broken_file(tmp_path, kind):

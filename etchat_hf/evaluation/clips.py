@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..clip_encoder import DecodedClip
+from ..loader_workers import leave_with_parent
 from ..video_decoding_etchat import rate_and_duration, sample_frame_indices
 from ..video_processing_etchat import ETChatVideoProcessor, SampledClip
 
@@ -114,6 +115,7 @@ def read_ahead(
         num_workers=num_workers,
         prefetch_factor=-(-ahead // num_workers),
         collate_fn=_without_tensor,
+        worker_init_fn=leave_with_parent,
     )
     return map(_with_tensor, loader)
 

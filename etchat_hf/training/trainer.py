@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from ..clip_encoder import ClipEncoder
 from ..data import ETChatBatchSampler
 from ..evaluation.metrics import score_spans
+from ..loader_workers import leave_with_parent
 from .arguments import ETChatTrainingArguments
 from .checkpoints import merge_checkpoint, write_model_files
 from .model import check_vid_token, stored_dtype
@@ -117,6 +118,7 @@ class ETChatTrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
+            worker_init_fn=leave_with_parent,
         )
         return self.accelerator.prepare(loader)
 

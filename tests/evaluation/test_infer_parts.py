@@ -1,6 +1,8 @@
 """The parts of bulk inference that need no model: what rows ask, who answers them, and what a kill leaves behind."""
 
 import json
+import signal
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -161,6 +163,31 @@ def test_what_is_no_fault_of_the_video_stops_reading_ahead():
 
     with pytest.raises(TypeError, match="a mistake in the code"):
         list(read_ahead(read, range(3), ahead=2, num_workers=1))
+
+
+READING = """
+import multiprocessing, os, signal, sys
+from etchat_hf.evaluation.clips import read_ahead
+
+def read(key):
+    print("reads", flush=True)
+    return "x" * 1_000_000
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    clips = read_ahead(read, range(20), ahead=8, num_workers=2)
+    next(clips)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_no_reader_outlives_a_killed_process(tmp_path, method):
+    (tmp_path / "reading.py").write_text(READING)
+    command = [sys.executable, tmp_path / "reading.py", method]
+    # Ends when nobody holds the output any longer, or with TimeoutExpired
+    killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert killed.returncode == -signal.SIGKILL and "reads" in killed.stdout
 
 
 def test_nothing_to_read_ahead():

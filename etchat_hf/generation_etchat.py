@@ -1,10 +1,11 @@
 """Decoding with `<vid>`: each one produced is matched to a frame and fed back as `embed(<vid>) + frame`.
 
-Everything that one call of `generate` needs travels in its own keyword arguments, so calls may run side by side. The
-frame of a step stays on the device until the end: no host synchronisation per token.
+A token is matched in the step that reads it, from the states that chose it. On a CPU, which sees the token without
+waiting, only a `<vid>` is; an accelerator matches all and keeps the frames: no host synchronisation per token.
+Everything that one call of `generate` needs travels in its own keyword arguments, so calls may run side by side.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMixin
@@ -49,6 +50,23 @@ class ETChatGenerateOutput(GenerateDecoderOnlyOutput):
     prompt_length: int | None = None
 
 
+@dataclass
+class MatchRecorder:
+    """
+    What the steps of one call of `generate` leave behind.
+
+    Args:
+        can_skip (`bool`): whether a process may match other tokens than the others do: not where they share the head.
+        scores (`list` of `torch.FloatTensor` of shape `(B, 1, T)`): for each step those of the token that it read;
+            None where none was matched.
+        unread (`tuple` of `torch.Tensor`): what `score_frames` takes for the last token, which no step reads.
+    """
+
+    can_skip: bool
+    scores: list[torch.FloatTensor | None] = field(default_factory=list)
+    unread: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+
 class ETChatGenerationMixin(GenerationMixin):
     """`generate` for [`ETChatForConditionalGeneration`]: greedy search and sampling, any padding side."""
 
@@ -69,7 +87,7 @@ class ETChatGenerationMixin(GenerationMixin):
         if (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0:
             raise ValueError("generate() cannot continue from a filled past_key_values; pass the whole conversation.")
         self._align_left(kwargs)
-        recorder = []
+        recorder = MatchRecorder(can_skip=not self._is_sharded())
         outputs = super().generate(
             generation_config=generation_config, match_recorder=recorder, prompt_length=prompt_length, **kwargs
         )
@@ -122,7 +140,15 @@ class ETChatGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs | kept
 
     def prepare_inputs_for_generation(
-        self, input_ids, is_first_iteration=False, match_recorder=None, vid_frames=None, **kwargs
+        self,
+        input_ids,
+        is_first_iteration=False,
+        match_recorder=None,
+        vid_frames=None,
+        match_states=None,
+        frame_keys=None,
+        frame_mask=None,
+        **kwargs,
     ):
         if not is_first_iteration and kwargs.get("use_cache", True):
             for key in PROMPT_INPUTS:
@@ -132,37 +158,47 @@ class ETChatGenerationMixin(GenerationMixin):
         )
         if is_first_iteration:  # a mask made ahead for a compilable cache would lack the frame blocks
             model_inputs["attention_mask"] = kwargs.get("attention_mask")
+        model_inputs["skip_match_scores"] = True
         if vid_frames is not None:
-            model_inputs["vid_frames"] = vid_frames
+            model_inputs |= {"vid_frames": vid_frames, "frame_keys": frame_keys, "frame_mask": frame_mask}
+            cache = kwargs.get("past_key_values")
+            compiles = cache is not None and cache.is_compileable  # to a single graph of all steps
+            skips = match_recorder.can_skip and input_ids.device.type == "cpu" and not compiles
+            if not skips or self.config.match_token_id in input_ids[:, -1].numpy():
+                model_inputs["match_states"] = match_states
         return model_inputs
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
-        if outputs.match_scores is None:
+        if outputs.frame_keys is None:
             return model_kwargs
-        scores = outputs.match_scores[:, -1].clone()  # the next replay of a CUDA graph writes over its outputs
-        model_kwargs["match_recorder"].append(scores)
-        frames = scores.argmax(-1, keepdim=True).float()
-        if not model_kwargs.get("use_cache", True):
-            frames = torch.cat([outputs.vid_frames, frames], dim=1)
-        elif "frame_keys" not in model_kwargs:  # the prompt's, which no later step changes
-            model_kwargs |= {key: outputs[key] for key in ("frame_embeds", "frame_keys", "frame_mask")}
-        model_kwargs["vid_frames"] = frames
-        return model_kwargs
+        use_cache = model_kwargs.get("use_cache", True)
+        if "frame_keys" not in model_kwargs:  # the prompt's, which no later step changes
+            kept = ("frame_embeds", "frame_keys", "frame_mask") if use_cache else ("frame_keys", "frame_mask")
+            model_kwargs |= {key: outputs[key] for key in kept}
+        # The next replay of a CUDA graph writes over its outputs
+        states, scores = outputs.match_states.clone(), outputs.match_scores
+        recorder = model_kwargs["match_recorder"]
+        recorder.scores.append(None if scores is None else scores.clone())
+        recorder.unread = states, model_kwargs["frame_keys"], model_kwargs["frame_mask"]
+        unmatched = torch.zeros_like(outputs.vid_frames[:, -1:])
+        frames = unmatched if use_cache else torch.cat([outputs.vid_frames, unmatched], dim=1)
+        return model_kwargs | {"match_states": states, "vid_frames": frames}
 
-    def _collect_matches(self, sequences, recorder: list, prompt_length: int, kwargs: dict) -> list[list[VidMatch]]:
+    def _collect_matches(self, sequences, recorder, prompt_length: int, kwargs: dict) -> list[list[VidMatch]]:
         matches = [[] for _ in sequences]
         clips = kwargs.get("placeholder_clips")
-        if not recorder or clips is None:
+        if recorder.unread is None or clips is None:
             return matches
-        scores = torch.stack(recorder, dim=1).cpu()
         copies = len(sequences) // len(clips)
         generated = sequences[:, prompt_length:].cpu() == self.config.match_token_id
+        scores = [*recorder.scores[1:], self.score_frames(*recorder.unread)]
+        scores = {step: scores[step][:, 0].cpu() for step in generated.any(0).nonzero().flatten().tolist()}
         for row, step in generated.nonzero().tolist():
             if not clips[row // copies]:
                 continue
             times = kwargs["frame_times"][clips[row // copies][-1]]
-            row_scores = scores[row, step, : len(times)]
+            row_scores = scores[step][row, : len(times)]
             frame = int(row_scores.argmax())
             matches[row].append(VidMatch(prompt_length + step, frame, times[frame], row_scores.softmax(-1)))
         return matches

@@ -80,7 +80,10 @@ class ETChatCausalLMOutputWithPast(CausalLMOutputWithPast):
         match_scores (`torch.FloatTensor`, float32, *optional*):
             Score of each frame of the reference clip, `-inf` where there is no frame. Without labels of shape
             `(B, kept, T)`, aligned with `logits`; with labels of shape `(targets, T)`, a row for each `<vid>` of the
-            labels in order. Their softmax is the distribution over frames.
+            labels in order; with `match_states` of shape `(B, 1, T)`, of the input's last token. Their softmax is the
+            distribution over frames.
+        match_states (`torch.FloatTensor` of shape `(B, 1, hidden)`):
+            The second-to-last block's output at the last position: by it the next token is matched, if it is `<vid>`.
         frame_keys (`torch.FloatTensor` of shape `(B, T, hidden)`, float32, *optional*):
             `frm_head` of the frames; with `frame_embeds`, `frame_mask` and `vid_frames` (see
             [`ETChatModelOutputWithPast`]) all that a later decoding step needs to know of the clip.
@@ -89,6 +92,7 @@ class ETChatCausalLMOutputWithPast(CausalLMOutputWithPast):
     lm_loss: torch.FloatTensor | None = None
     match_loss: torch.FloatTensor | None = None
     match_scores: torch.FloatTensor | None = None
+    match_states: torch.FloatTensor | None = None
     frame_keys: torch.FloatTensor | None = None
     frame_embeds: torch.FloatTensor | None = None
     frame_mask: torch.BoolTensor | None = None
@@ -766,8 +770,10 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         frame_embeds: torch.FloatTensor | None = None,
         frame_keys: torch.FloatTensor | None = None,
         frame_mask: torch.BoolTensor | None = None,
+        match_states: torch.FloatTensor | None = None,
         prompt_length: int | None = None,
         skip_logits: bool = False,
+        skip_match_scores: bool = False,
         num_matched_samples_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> ETChatCausalLMOutputWithPast:
@@ -795,10 +801,15 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
                 For each row the times of its `<vid>` tokens in order, in seconds; clamped to the clip.
             vid_frames, frame_embeds, frame_keys, frame_mask:
                 What an earlier step returned, for steps that continue it from `past_key_values`.
+            match_states (`torch.FloatTensor` of shape `(B, 1, hidden)`, *optional*):
+                What the step before returned: where the input's last token is `<vid>`, it is matched by them, and the
+                frame replaces the last column of `vid_frames`.
             prompt_length (`int`, *optional*):
                 Columns that were given, where generated ones follow: a placeholder among those shows no frame.
             skip_logits (`bool`, *optional*, defaults to `False`):
                 Whether to apply the language-model head only where there are labels, and return no logits.
+            skip_match_scores (`bool`, *optional*, defaults to `False`):
+                Whether to leave the positions that choose the next token unmatched.
             num_matched_samples_in_batch (`int` or `torch.Tensor`, *optional*):
                 What the match loss is divided by, as the LM loss is by `num_items_in_batch`: the samples with `<vid>`
                 targets in all processes and accumulation steps. By default those of this batch.
@@ -810,6 +821,12 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             raise ValueError("skip_logits=True leaves nothing to return without labels.")
         if labels is not None and inputs_embeds is not None and self.config.use_matching:
             raise ValueError("The match loss finds its frames by input_ids: pass these, or labels without matching.")
+        match_scores = None
+        if match_states is not None:
+            if any(part is None for part in (vid_frames, frame_keys, frame_mask)):
+                raise ValueError("match_states needs vid_frames, frame_keys and frame_mask of the step before.")
+            match_scores = self.score_frames(match_states, frame_keys, frame_mask)
+            vid_frames = torch.cat([vid_frames[:, :-1], match_scores.argmax(-1).to(vid_frames)], dim=1)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -832,14 +849,14 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        loss = logits = lm_loss = match_loss = match_scores = None
+        loss = logits = lm_loss = match_loss = None
         if not skip_logits:
             logits = self._logits(outputs.last_hidden_state[:, keep])
 
         if self.config.use_matching and outputs.frame_mask is not None:
             if frame_keys is None:
                 frame_keys = self.frm_head(outputs.frame_states).float()
-            if labels is None:
+            if labels is None and not skip_match_scores:
                 match_scores = self.score_frames(outputs.match_states[:, keep], frame_keys, outputs.frame_mask)
         if labels is not None:
             loss = lm_loss = self._lm_loss(outputs.last_hidden_state, logits, labels, **kwargs)
@@ -855,6 +872,7 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             match_scores=match_scores,
+            match_states=outputs.match_states[:, -1:],
             frame_keys=frame_keys,
             frame_embeds=outputs.frame_embeds,
             frame_mask=outputs.frame_mask,
@@ -878,6 +896,9 @@ class ETChatForConditionalGeneration(ETChatGenerationMixin, ETChatPreTrainedMode
         return self.loss_function(
             logits=logits, labels=None, vocab_size=vocab_size, shift_labels=targets[kept].to(logits.device), **kwargs
         )
+
+    def _is_sharded(self) -> bool:
+        return _is_sharded(self)
 
     def score_frames(self, states, frame_keys, frame_mask):
         """

@@ -205,8 +205,9 @@ def reads_of_steps(generate_tokens) -> Counter:
 
 
 @pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
-def test_a_token_waits_for_the_device_no_more_often_than_in_plain_decoding(rows):
+def test_a_token_waits_for_the_device_no_more_often_than_in_plain_decoding(rows, monkeypatch):
     model, batch = tiny_model(), tiny_batch(rows)
+    monkeypatch.setattr(model, "_is_sharded", lambda: True)  # matches each token, as a GPU does
     plain = Phi3ForCausalLM(model.config.text_config).eval()
     plain.model, plain.lm_head = model.model.language_model, model.lm_head
     text = {"inputs_embeds": torch.randn(*batch["input_ids"].shape, 64), "attention_mask": batch["attention_mask"]}
@@ -217,6 +218,32 @@ def test_a_token_waits_for_the_device_no_more_often_than_in_plain_decoding(rows)
     reader = [ReadsEachToken()]
     reading = reads_of_steps(lambda **kwargs: model.generate(**batch, logits_processor=reader, **kwargs))
     assert reading["item"] - ours["item"] == 12
+
+
+def test_on_a_cpu_only_vid_is_matched(monkeypatch):
+    model, batch = tiny_model(), tiny_batch([0, 3])
+    calls = []
+    model.vid_head.register_forward_hook(lambda *_: calls.append(1))
+    some = generate(model, batch)
+    generated = some.sequences[:, some.prompt_length :]
+    steps = (generated[:, :-1] == VID).any(0)
+    assert 0 < int(steps.sum()) < len(steps)
+    assert len(calls) == int(steps.sum()) + 1  # the last token is matched at the end
+    monkeypatch.setattr(model, "_is_sharded", lambda: True)
+    calls.clear()
+    every = generate(model, batch)
+    assert len(calls) == generated.shape[1] and torch.equal(every.sequences, some.sequences)
+    for ours, theirs in zip(some.matches, every.matches, strict=True):
+        assert [match.frame for match in ours] == [match.frame for match in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert torch.equal(one.probabilities, other.probabilities)
+
+
+def test_states_to_match_without_frames_are_refused():
+    model, batch = tiny_model(), tiny_batch([0])
+    states = torch.zeros(1, 1, model.config.text_config.hidden_size)
+    with pytest.raises(ValueError, match="match_states needs vid_frames, frame_keys and frame_mask"):
+        model(**batch, match_states=states)
 
 
 class ForceImage(LogitsProcessor):

@@ -458,7 +458,10 @@ class PyAVReader(VideoReader):
             if not streams:
                 raise ValueError(f"{self.name}: no video in this file (only sound?); give a file with pictures")
             best = container.streams.best("video")
-            yield container, best if best in streams else streams[0]
+            chosen = best if best in streams else streams[0]
+            if chosen.codec_context is None:
+                raise ValueError(f"{self.name}: its pictures are coded in a way unknown to FFmpeg; convert it to MP4")
+            yield container, chosen
 
     def _place(self) -> tuple[str | BinaryIO, str]:
         """What FFmpeg opens, and the protocols of what a playlist in there may name: never the network."""
@@ -744,17 +747,18 @@ class DecordReader(VideoReader):
         check_exact("decord", source.name, index.decord_obstacle if index is not None else None)
         self.path = self.name = source.path
         self._decord = import_decoder("decord")
-        # Its Python side raises AssertionError and RuntimeError, its C++ side the two others.
+        # Its Python side raises AssertionError, RuntimeError and (of no frames) IndexError, its C++ side the two others.
         self._errors = (
             self._decord.DECORDError,
             self._decord.DECORDLimitReachedError,
             RuntimeError,
             AssertionError,
+            IndexError,
         )
         self._may_seek = index is not None
-        reader, starts = self._retried(self._read_times)
+        starts, shape, fps = self._retried(self._read_index)
         if index is None:
-            self._trust(reader, starts)
+            self._trust(starts, shape, fps)
             return
         if len(starts) != index.num_frames or np.abs(starts - index.times).max() > 2e-3:
             raise ValueError(
@@ -765,9 +769,11 @@ class DecordReader(VideoReader):
     def _open(self, threads: int) -> Any:
         return self._decord.VideoReader(self.path, num_threads=threads, fault_tol=NO_FAULTS)
 
-    def _read_times(self, threads: int) -> tuple[Any, np.ndarray]:
+    def _read_index(self, threads: int) -> tuple[np.ndarray, tuple[int, ...], float]:
+        """When each frame starts, in seconds; the shape of the first one; and the average frames per second."""
         reader = self._open(threads)
-        return reader, reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+        starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+        return starts, reader[0].shape, float(reader.get_avg_fps())
 
     def _retried(self, step: Callable[[int], Any]) -> Any:
         """The result of `step` with all threads, or with one where that fails."""
@@ -782,7 +788,7 @@ class DecordReader(VideoReader):
                 f"{self.path}: decord cannot read this file; check that it is complete, or use PyAV (pip install av)"
             ) from error
 
-    def _trust(self, reader: Any, starts: np.ndarray) -> None:
+    def _trust(self, starts: np.ndarray, shape: tuple[int, ...], fps: float) -> None:
         """Take over decord's own index, where it is not known to be wrong."""
         with open(self.path, "rb") as file:
             head = file.read(12)
@@ -790,13 +796,12 @@ class DecordReader(VideoReader):
             raise ValueError(f"{self.path}: decord alone reads only MP4, MOV, MKV and WebM reliably; pip install av")
         if starts[0] < 0:
             raise ValueError(f"{self.path}: an edit list hides frames, which decord does not know; pip install av")
-        first = reader[0]
-        if first.shape[2] != 3:
+        if shape[2] != 3:
             raise ValueError(f"{self.path}: decord garbles pictures rotated by 90 degrees; pip install av")
-        self.height, self.width = first.shape[:2]
+        self.height, self.width = shape[:2]
         self.num_frames = len(starts)
         self.times = starts - starts[0]
-        self.average_fps, self.duration = rate_and_duration(self.times, float(reader.get_avg_fps()))
+        self.average_fps, self.duration = rate_and_duration(self.times, fps)
         if has_constant_rate(self.times, self.average_fps):
             # decord keeps times in float32, too coarse for long videos.
             self.times = np.arange(self.num_frames) / self.average_fps

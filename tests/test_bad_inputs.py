@@ -52,6 +52,11 @@ class Files:
         start = (whole.read_bytes().index(b"mdat") + 4) / whole.stat().st_size
         return video_files.overwrite_bytes(whole, self.folder / "rubbish.mp4", start, 1.0)
 
+    def unknown_codec(self):
+        path = self.folder / "unknown_codec.mp4"
+        path.write_bytes(self.good().read_bytes().replace(b"avc1", b"zzz1"))
+        return path
+
     def image(self):
         path = self.folder / "image.png"
         PIL.Image.fromarray(video_files.noise_picture(0)).save(path)
@@ -92,6 +97,7 @@ FILES = [
     ("sound", ValueError, r"sound\.mp4: no video in this file \(only sound\?\); give a file with pictures"),
     ("truncated", ValueError, r"truncated\.mp4: not a readable video"),
     ("rubbish", ValueError, r"rubbish\.mp4: no frame of this video can be decoded; convert it or download it again"),
+    ("unknown_codec", ValueError, r"unknown_codec\.mp4: its pictures are coded in a way unknown to FFmpeg; convert"),
     ("cut_image", ValueError, r"cut\.png: the image cannot be decoded .*; check that the file is complete"),
     ("closed", ValueError, r"the file object is closed; pass an open one, or the path"),
     ("as_text", ValueError, r"the file object was opened as text; open it with mode 'rb'"),

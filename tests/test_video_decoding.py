@@ -1,6 +1,7 @@
 """Every frame of the test videos shows its own number: what a reader says is checked against what it shows."""
 
 import json
+import random
 import sys
 import warnings
 from pathlib import Path
@@ -239,6 +240,23 @@ def test_an_error_in_decord_is_retried_with_one_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(decoding.DecordReader, "_read", fail_with_many_threads)
     assert numbers(reader, [2, 5, 7]) == [2, 5, 7]
     assert threads == [0, 1]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_is_broken_in_a_file_it_is_read_or_refused(tmp_path, seed):
+    rng = random.Random(seed)
+    suffix = rng.choice((".mp4", ".mkv", ".avi"))
+    content = bytearray(video_files.write_video(tmp_path / f"good{suffix}", 20).read_bytes())
+    for _ in range(rng.choice((2, 20))):  # mostly in the headers, which are at one end or the other
+        place = rng.randrange(1500) * rng.choice((1, -1))
+        content[place : place + 4] = rng.randbytes(4)
+    (broken := tmp_path / f"broken{suffix}").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            list(open_video(broken).read([0]))
+        except ValueError as error:
+            assert f"broken{suffix}" in str(error)
 
 
 class ThreadsOfADecoder(torch.utils.data.Dataset):

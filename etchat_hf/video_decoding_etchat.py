@@ -747,7 +747,7 @@ class DecordReader(VideoReader):
         check_exact("decord", source.name, index.decord_obstacle if index is not None else None)
         self.path = self.name = source.path
         self._decord = import_decoder("decord")
-        # Its Python side raises AssertionError, RuntimeError and (of no frames) IndexError, its C++ side the two others.
+        # Its Python side raises AssertionError, RuntimeError and IndexError, its C++ side the two others.
         self._errors = (
             self._decord.DECORDError,
             self._decord.DECORDLimitReachedError,

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -17,6 +18,8 @@ from ..video_processing_etchat import ETChatVideoProcessor, SampledClip
 # MVBench ships the frames of some videos as images in a folder, so many per second.
 FRAME_FOLDER_FPS = 3.0
 FRAME_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+
+DEAD_WORKER = "DataLoader worker (pid"  # how torch begins to tell of a process that did not end by itself
 
 
 def find_video(folder: Path, names: Sequence[str]) -> Path:
@@ -104,10 +107,28 @@ def read_ahead(
         num_workers: How many are read at once.
 
     Yields:
-        The clip of each key, or in one line why `read` raised OSError or ValueError. Any other error is raised.
+        The clip of each key, or in one line why there is none: `read` raised OSError or ValueError, or a process died
+        of it. Any other error is raised.
     """
-    if not keys:
-        return iter(())
+    done, is_alone = 0, False
+    while done < len(keys):
+        # Which of the keys being read a process died of is unknown: each is then read alone, until one is the cause
+        clips = _load(read, keys[done : done + 1] if is_alone else keys[done:], ahead, num_workers)
+        try:
+            for clip in clips:
+                yield _with_tensor(clip)
+                done += 1
+            is_alone = False
+        except RuntimeError as error:
+            if DEAD_WORKER not in str(error):
+                raise
+            if is_alone:
+                yield "the process that decoded it died; was there too little memory?"
+                done += 1
+            is_alone = not is_alone
+
+
+def _load(read: Callable[[Hashable], DecodedClip], keys: Sequence[Hashable], ahead: int, num_workers: int) -> Iterator:
     num_workers = min(num_workers, len(keys))
     loader = DataLoader(
         _Reading(read, keys),
@@ -117,7 +138,9 @@ def read_ahead(
         collate_fn=_without_tensor,
         worker_init_fn=leave_with_parent,
     )
-    return map(_with_tensor, loader)
+    # From another thread, so that torch does not have a signal raise an error, amid whatever goes on, when one dies
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(iter, loader).result()
 
 
 class _Reading(Dataset):

@@ -1,6 +1,7 @@
 """The parts of bulk inference that need no model: what rows ask, who answers them, and what a kill leaves behind."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -163,6 +164,17 @@ def test_what_is_no_fault_of_the_video_stops_reading_ahead():
 
     with pytest.raises(TypeError, match="a mistake in the code"):
         list(read_ahead(read, range(3), ahead=2, num_workers=1))
+
+
+def test_a_process_that_dies_takes_only_its_own_clip_along():
+    def read(key):
+        if key == 3:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return f"clip {key}"
+
+    clips = list(read_ahead(read, range(8), ahead=4, num_workers=1))
+    dead = "the process that decoded it died; was there too little memory?"
+    assert clips == [dead if key == 3 else f"clip {key}" for key in range(8)]
 
 
 READING = """

@@ -38,21 +38,3 @@ def f1(precision: float, recall: float) -> float:
 def mean(values: Sequence[float]) -> float:
     """Returns the mean, 0 of nothing."""
     return sum(values) / len(values) if values else 0.0
-
-
-def score_spans(predicted: Sequence[Sequence[Span]], annotated: Sequence[Sequence[Span]]) -> dict[str, float]:
-    """Scores answers that may hold several spans, paired in order; one that is missing or too many counts as 0.
-
-    Args:
-        predicted, annotated: Per answer its spans `(start, end)`, seconds; equally many answers.
-
-    Returns:
-        `mIoU`, the mean over the answers of their mean IoU, and `R@0.5` and `R@0.7`, the share of answers that reach
-        it; each in [0, 1].
-    """
-    ious = [
-        sum(float(pairwise_iou([a], [b])[0, 0]) for a, b in zip(spans, truth, strict=False))
-        / max(len(spans), len(truth), 1)
-        for spans, truth in zip(predicted, annotated, strict=True)
-    ]
-    return {"mIoU": mean(ious)} | {f"R@{t}": mean([float(iou >= t) for iou in ious]) for t in (0.5, 0.7)}

@@ -92,7 +92,9 @@ class ETChatTrainingArguments(TrainingArguments):
         save_dtype (`str`, *optional*, defaults to `"auto"`):
             Dtype of the merged model at the end; `"auto"`: that of the model that training started from.
         eval_span_samples (`int`, *optional*, defaults to 0):
-            Evaluation samples that are answered by generation and scored by temporal IoU, beside the losses.
+            Evaluation samples that are answered by generation and, where their answers are spans, scored as E.T. Bench
+            does, beside the losses: `eval_TVG` and `eval_TAL` (F1 of answers with one and with several spans), and of
+            the former `eval_mIoU`, `eval_R@0.5` and `eval_R@0.7`.
         eval_max_new_tokens (`int`, *optional*, defaults to 256):
             Longest of these answers, in tokens.
         vision_cache_dir (`str`, *optional*):
@@ -123,7 +125,7 @@ class ETChatTrainingArguments(TrainingArguments):
     lora_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of LoRA parameters."})
     global_batch_size: int | None = field(default=None, metadata={"help": "Samples per optimizer step, over all."})
     save_dtype: str = field(default="auto", metadata={"help": "Dtype of the merged model."})
-    eval_span_samples: int = field(default=0, metadata={"help": "Evaluation samples scored by temporal IoU."})
+    eval_span_samples: int = field(default=0, metadata={"help": "Evaluation samples answered and scored."})
     eval_max_new_tokens: int = field(default=256, metadata={"help": "Longest generated answer in evaluation."})
     vision_cache_dir: str | None = field(
         default=None, metadata={"help": "Folder that keeps vision features, by pixels."}

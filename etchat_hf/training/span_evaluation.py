@@ -1,12 +1,17 @@
-"""Answering an evaluation sample, to compare its spans with the annotated ones."""
+"""Answering evaluation samples whose answers are spans, and scoring them as E.T. Bench does."""
+
+from collections.abc import Sequence
 
 import torch
 
+from ..evaluation import evaluate_etbench
 from ..processing_etchat import SPAN, ETChatProcessor
+
+SOURCE = "eval"
 
 
 @torch.no_grad()
-def answer_spans(model, processor: ETChatProcessor, batch: dict, max_new_tokens: int) -> tuple[list, list]:
+def answer_sample(model, processor: ETChatProcessor, batch: dict, max_new_tokens: int) -> dict | None:
     """
     Generates the first answer of a sample anew.
 
@@ -17,7 +22,8 @@ def answer_spans(model, processor: ETChatProcessor, batch: dict, max_new_tokens:
         max_new_tokens (`int`): longest answer.
 
     Returns:
-        The predicted and the annotated spans, `[start, end]` in seconds. Both are empty where the annotation has none.
+        `dict`: a row of E.T. Bench but for `idx` and `video`: one annotated span makes it grounding (TVG), several
+        localization (TAL). `None` where the annotation is not made of spans.
     """
     labels = batch["labels"][0]
     start = int((labels != -100).int().argmax())
@@ -28,7 +34,7 @@ def answer_spans(model, processor: ETChatProcessor, batch: dict, max_new_tokens:
     times = batch.get("vid_times", [[]])[0]
     truth = _spans(processor.tokenizer.decode(answer[:end]), times[num_given:])
     if not truth:
-        return [], []
+        return None
     prompt = {key: value for key, value in batch.items() if key not in ("labels", "vid_times")}
     prompt |= {key: batch[key][:, :start] for key in ("input_ids", "attention_mask")}
     outputs = model.generate(
@@ -38,7 +44,29 @@ def answer_spans(model, processor: ETChatProcessor, batch: dict, max_new_tokens:
         do_sample=False,
         return_dict_in_generate=True,
     )
-    return processor.post_process(outputs)[0]["spans"], truth
+    answer = processor.post_process(outputs)[0]["text"]
+    return {"task": "tvg" if len(truth) == 1 else "tal", "source": SOURCE, "tgt": truth, "a": answer}
+
+
+def score_samples(rows: Sequence[dict]) -> dict[str, float]:
+    """
+    What [`evaluate_etbench`] makes of answered samples.
+
+    Args:
+        rows (sequence of `dict`): see [`answer_sample`], with `idx` and `video`.
+
+    Returns:
+        `dict`: `TVG` and `TAL`, the F1 of both tasks, and of TVG `mIoU`, `R@0.5` and `R@0.7`, the share of answers
+        whose IoU reaches it; each in [0, 1], and only where there is a sample of that task.
+    """
+    if not rows:
+        return {}
+    scores = evaluate_etbench(rows, similarity="jaccard")
+    figures = scores["overall"]
+    if "tvg" in scores["by_source"]:
+        grounding = scores["by_source"]["tvg"][SOURCE]
+        figures |= {"mIoU": grounding["mIoU"]} | {f"R@{t}": grounding[f"F1@{t}"] for t in (0.5, 0.7)}
+    return figures
 
 
 def _spans(text: str, times: list[float]) -> list[list[float]]:

@@ -15,13 +15,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..clip_encoder import ClipEncoder
 from ..data import ETChatBatchSampler
-from ..evaluation.metrics import score_spans
 from ..loader_workers import leave_with_parent
 from .arguments import ETChatTrainingArguments
 from .checkpoints import merge_checkpoint, write_model_files
 from .model import check_vid_token, stored_dtype
 from .model_card import public_name, write_model_card
-from .span_evaluation import answer_spans
+from .span_evaluation import answer_sample, score_samples
 from .tuning import set_trained
 
 LOSS_PARTS = ("lm_loss", "match_loss")
@@ -190,20 +189,15 @@ class ETChatTrainer(Trainer):
     def _score_spans(self, dataset) -> dict[str, float]:
         """Answers by generation, every process its share."""
         number = min(self.args.eval_span_samples, len(dataset))
-        samples = (dataset[index] for index in range(self.args.process_index, number, self.args.world_size))
         model = self.accelerator.unwrap_model(self.model)
+        answered = []
         with self.accelerator.autocast():
-            mine = [
-                answer_spans(
-                    model,
-                    self.processing_class,
-                    self._prepare_inputs(self.data_collator([sample])),
-                    self.args.eval_max_new_tokens,
-                )
-                for sample in samples
-            ]
-        answers = [pair for pair in gather_object(mine) if pair[1]]
-        return score_spans([predicted for predicted, _ in answers], [truth for _, truth in answers])
+            for index in range(self.args.process_index, number, self.args.world_size):
+                batch = self._prepare_inputs(self.data_collator([dataset[index]]))
+                row = answer_sample(model, self.processing_class, batch, self.args.eval_max_new_tokens)
+                if row is not None:
+                    answered.append(row | {"idx": index, "video": f"sample {index}"})
+        return score_samples(gather_object(answered))
 
     # ---- Checkpoints ----
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from etchat_hf.evaluation import evaluate_etbench
-from etchat_hf.evaluation.metrics import pairwise_iou, score_spans
+from etchat_hf.evaluation.metrics import pairwise_iou
 from etchat_hf.evaluation.similarity import EncoderUnavailableError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics"
@@ -164,16 +164,6 @@ def test_iou_is_symmetric_and_bounded():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_times_beyond_what_a_float_holds_overlap_nothing(dtype):
     assert 1e-300 > pairwise_iou([(0, 1.7e308), (1e300, 1e300), (-1.7e308, 1.7e308)], [(0, 10)], dtype).max().item()
-
-
-def test_answers_of_several_spans_are_paired_in_order():
-    assert score_spans([[(0, 10)]], [[(0, 10)]]) == {"mIoU": 1.0, "R@0.5": 1.0, "R@0.7": 1.0}
-    assert score_spans([[(0, 5)], []], [[(0, 10)], [(1, 2)]]) == {"mIoU": 0.25, "R@0.5": 0.5, "R@0.7": 0.0}
-    assert score_spans([[(0, 4), (5, 9)]], [[(0, 4)]])["mIoU"] == 0.5
-    assert score_spans([[(4, 0)]], [[(0, 4)]])["mIoU"] == 0.0
-    assert score_spans([], [])["mIoU"] == 0.0
-    with pytest.raises(ValueError):
-        score_spans([[]], [])
 
 
 def test_groups_need_all_their_tasks(predictions):

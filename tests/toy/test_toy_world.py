@@ -99,3 +99,12 @@ def test_scores():
     scores = score_rows(rows, answers)
     assert scores["mIoU"] == 0.75 and scores["R@0.7"] == 0.5
     assert scores["tasks"] == {"tvg": (1, 1.0), "tal": (1, 0.5), "vhd": (1, 1.0), "rar": (1, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("spans", "iou"), [([], 0.0), ([[0, 4]], 0.5), ([[0, 4], [5, 9]], 1.0), ([[0, 4], [5, 9], [0, 4]], 2 / 3),
+                       ([[5, 9], [0, 4]], 0.0), ([[4, 0], [5, 9]], 0.5)]
+)  # fmt: skip
+def test_spans_are_paired_in_order(spans, iou):
+    row = {"task": "tal", "tgt": [0, 4, 5, 9]}
+    assert score_rows([row], [{"spans": spans}])["mIoU"] == pytest.approx(iou)

@@ -1,5 +1,6 @@
 """The smaller parts of training: fresh heads, the vision cache, evaluation, configuration files."""
 
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from trl import TrlParser
 
 from etchat_hf import ETChatForConditionalGeneration, ETChatProcessor
 from etchat_hf.data import DataSource, ETChatDataArguments, StageData
+from etchat_hf.evaluation import evaluate_etbench
+from etchat_hf.inference import ask
+from etchat_hf.toy import bundled_checkpoint
 from etchat_hf.training import ETChatModelArguments, ETChatTrainingArguments, load_model
 
 from .runs import REPOSITORY, build_trainer
@@ -115,7 +119,36 @@ def test_evaluation_reports_losses_apart_and_iou(start, toy_data, tmp_path):
     assert metrics["eval_loss"] == pytest.approx(
         trainer.state.log_history[-2]["eval_lm_loss"] + trainer.state.log_history[-2]["eval_match_loss"], rel=0.05
     )
-    assert 0 <= metrics["eval_mIoU"] <= 1 and "eval_R@0.7" in metrics
+    assert {"eval_mIoU", "eval_R@0.7", "eval_TVG"} <= set(metrics)
+
+
+def test_evaluation_gives_the_scores_of_etbench_for_the_answers_of_inference(toy_data, tmp_path):
+    trainer = build_trainer(bundled_checkpoint(), toy_data, tmp_path, eval_span_samples=12, eval_max_new_tokens=64)
+    metrics = trainer.evaluate()
+    rows, answered = json.loads((toy_data / "stage3.json").read_text())[:12], []
+    for number, row in enumerate(rows):
+        question, answer = (turn["value"].replace("<image>", "").strip() for turn in row["conversations"])
+        if row["task"] in ("tvg", "tal", "tem", "dvc"):
+            spans = [row["tgt"][i : i + 2] for i in range(0, len(row["tgt"]), 2)]
+            clip = toy_data / "videos" / row["video"]
+            said = ask(trainer.model, trainer.processing_class, clip, question, src=row.get("src"))["answer"]
+            task = "tvg" if len(spans) == 1 else "tal"
+            answered.append(
+                {"task": task, "source": "toy", "video": row["video"], "idx": number, "tgt": spans, "a": said}
+            )
+    scores = evaluate_etbench(answered, "jaccard")
+    grounding = scores["by_source"]["tvg"]["toy"]
+    assert metrics["eval_TVG"] == scores["overall"]["TVG"] > 0.5
+    assert metrics["eval_TAL"] == scores["overall"]["TAL"]
+    assert (metrics["eval_mIoU"], metrics["eval_R@0.7"]) == (grounding["mIoU"], grounding["F1@0.7"])
+
+
+def test_nothing_is_scored_where_no_answer_is_a_span(toy_data, tmp_path):
+    rows = [row for row in json.loads((toy_data / "stage3.json").read_text()) if row["task"] in ("vhd", "rar")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    options = {"rows": tmp_path / "rows.json", "eval_span_samples": 3, "eval_max_new_tokens": 4}
+    metrics = build_trainer(bundled_checkpoint(), toy_data, tmp_path / "out", **options).evaluate()
+    assert "eval_loss" in metrics and not any("IoU" in name or "TVG" in name for name in metrics)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY)))

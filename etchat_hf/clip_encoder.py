@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,8 +21,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import PreTrainedConfig
 
 from .modeling_etchat import ETChatForConditionalGeneration
@@ -69,7 +70,8 @@ class ClipEncoder:
     A file there is found by the content of the video, the frames sampled, how they are resized and normalised, and
     the vision encoder's weights and configuration: a video that was moved or copied is found again, and so it is for a
     model whose other weights were trained on. What is found is not decoded; the video is only read, to know it. Files
-    appear complete or not at all; one that is damaged is reported, and replaced when its clip has been encoded again.
+    appear complete or not at all and carry a checksum; one that is damaged is reported, and replaced when its clip has
+    been encoded again.
 
     Training has pixels instead of videos ([`encode_frames`]): each clip is decoded every time, only the encoder is
     spared, and these entries serve training alone, even in a folder shared with `etchat ask` or `etchat infer`.
@@ -128,7 +130,7 @@ class ClipEncoder:
             return self._encode_decoded(clip)
         sampled = self._sample(clip, sampling)
         key = self._clip_key(sampled)
-        if (features := self._find(key, len(sampled.frame_times))) is not None:
+        if (features := self._find(key)) is not None:
             return EncodedClip.of(sampled, features.to(self._model.device))
         encoded = self._processor.encode(sampled, self._model)
         self._store(key, encoded.vision_features)
@@ -143,7 +145,7 @@ class ClipEncoder:
         sampled = self._sample(clip, sampling)
         key = self._clip_key(sampled)
         pixels = None
-        if self._find(key, len(sampled.frame_times)) is None:
+        if self._find(key) is None:
             (pixels,) = self._processor.video_processor.iter_pixels(sampled, len(sampled.frame_times))
             pixels = pixels.to(self._pixel_dtype)
         return DecodedClip(pixels, sampled.frame_times, sampled.frame_indices.tolist(), sampled.metadata, key)
@@ -165,7 +167,7 @@ class ClipEncoder:
         features = []
         for clip in pixel_values.split([len(times) for times in frame_times]):
             key = _digest("pixels", self._tower, _tensor_bytes(clip))
-            found = self._find(key, len(clip))
+            found = self._find(key)
             if found is None:
                 found = self._model.get_vision_features(clip)
                 self._store(key, found)
@@ -177,7 +179,7 @@ class ClipEncoder:
 
     def _encode_decoded(self, clip: DecodedClip) -> EncodedClip:
         if clip.pixel_values is None:
-            features = self._find(clip.key, len(clip.frame_times))
+            features = self._find(clip.key)
             if features is None:
                 raise FileNotFoundError(f"{self._path(clip.key)}: this clip was stored, and no longer is")
             features = features.to(self._model.device)
@@ -197,17 +199,18 @@ class ClipEncoder:
         content = content_digest(clip.content)
         return _digest("clip", self._tower, content, json.dumps(settings), clip.frame_indices.tobytes())
 
-    def _find(self, key: str | None, num_frames: int) -> torch.FloatTensor | None:
+    def _find(self, key: str | None) -> torch.FloatTensor | None:
         if key is None:
             return None
         path = self._path(key)
         try:
-            features = load_file(path).get("features")
+            with safe_open(path, "pt") as file:
+                features, stored = file.get_tensor("features"), (file.metadata() or {}).get("checksum")
         except FileNotFoundError:
             return None
         except (OSError, SafetensorError):
-            features = None
-        if features is None or len(features) != num_frames:
+            features = stored = None
+        if stored is None or stored != _checksum(key, features):
             warnings.warn(f"{path} is damaged, or may not be read; the clip is encoded again", stacklevel=2)
             return None
         return features
@@ -224,7 +227,8 @@ class ClipEncoder:
             aside.parent.mkdir(parents=True, exist_ok=True)
             aside.touch()
             mode = aside.stat().st_mode
-            save_file({"features": features.contiguous().cpu()}, aside)
+            features = features.contiguous().cpu()
+            save_file({"features": features}, aside, {"checksum": _checksum(key, features)})
             aside.chmod(mode)  # safetensors makes files that only their owner may read
             os.replace(aside, self._path(key))
         except (OSError, SafetensorError) as error:
@@ -322,7 +326,13 @@ def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _checksum(key: str, features: torch.Tensor) -> str:
+    """Of a file's values, and of what else could not be told from them: their dtype, their shape, whose they are."""
+    start = zlib.crc32(f"{key} {features.dtype} {tuple(features.shape)}".encode())
+    return f"{zlib.crc32(_tensor_bytes(features), start):08x}"
 
 
 def _digest(*parts: str | bytes | memoryview) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from etchat_hf import ClipEncoder, inference
@@ -134,20 +135,72 @@ def test_a_model_with_another_encoder_does_not_meet_these_features(loaded, conve
     assert torch.equal(features, processor.encode(clip, other).vision_features) and len(files(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "short", "foreign"])
+def damage_file(path, how: str):
+    data, expected = path.read_bytes(), load_file(path)["features"]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    middle = len(data) - expected.nbytes // 2
+    tensors = {
+        "reshaped": {"features": expected.flatten(1).unsqueeze(1).contiguous()},
+        "other dtype": {"features": expected.view(torch.int32)},
+        "number": {"features": torch.tensor(1.0)},
+        "nothing": {"features": expected[:0].clone()},
+        "fewer frames": {"features": expected[:-1].clone()},
+        "misshapen": {"features": torch.zeros(19, 1, 3)},
+        "foreign": {"other": expected},
+    }
+    contents = {
+        "cut": data[:-100],
+        "empty": b"",
+        "flipped bit": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
+        "zeroed tail": data[:middle] + bytes(len(data) - middle),
+    }
+    if how in contents:
+        path.write_bytes(contents[how])
+    elif how == "no checksum":
+        save_file({"features": expected}, path)
+    else:
+        save_file(tensors[how], path, metadata)
+
+
+DAMAGES = ["cut", "empty", "flipped bit", "zeroed tail", "no checksum", "reshaped", "other dtype", "number", "nothing"]
+DAMAGES += ["fewer frames", "misshapen", "foreign"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_reported_and_replaced(loaded, clip, tmp_path, damage):
     encoder = ClipEncoder(*loaded, tmp_path)
     expected = encoder.encode(clip).vision_features
     (path,) = files(tmp_path)
-    if damage == "cut":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif damage == "short":
-        save_file({"features": expected[:-1].clone()}, path)
-    else:
-        save_file({"other": expected}, path)
+    whole = path.read_bytes()
+    damage_file(path, damage)
     with pytest.warns(UserWarning, match=f"{path.name} is damaged"):
         assert torch.equal(encoder.encode(clip).vision_features, expected)
-    assert torch.equal(load_file(path)["features"], expected) and files(tmp_path) == [path]
+    assert path.read_bytes() == whole and files(tmp_path) == [path]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped bit", "zeroed tail", "misshapen"])
+def test_damage_does_not_reach_a_training_batch(loaded, tmp_path, damage):
+    pixels, times = torch.randn(2, 3, *[loaded[0].config.vision_config.image_size] * 2), [[0.0, 1.0]]
+    encoder = ClipEncoder(*loaded, tmp_path)
+    expected = encoder.encode_frames(pixels, times)
+    (path,) = files(tmp_path)
+    whole = path.read_bytes()
+    damage_file(path, damage)
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged"):
+        assert torch.equal(encoder.encode_frames(pixels, times), expected)
+    assert path.read_bytes() == whole
+
+
+def test_a_file_under_the_name_of_another_is_damaged(loaded, clip, tmp_path):
+    encoder = ClipEncoder(*loaded, tmp_path)
+    expected = encoder.encode(clip).vision_features
+    (path,) = files(tmp_path)
+    encoder.encode(np.zeros((12, 40, 50, 3), np.uint8), video_metadata={"fps": 1.0})
+    (other,) = set(files(tmp_path)) - {path}
+    shutil.copy(other, path)
+    with pytest.warns(UserWarning, match=f"{path.name} is damaged"):
+        assert torch.equal(encoder.encode(clip).vision_features, expected)
 
 
 def test_a_full_folder_takes_no_more(loaded, clip, tmp_path):

@@ -59,6 +59,10 @@ SEEK_MARGIN = 16
 # (MPEG-PS, MPEG-TS, AVI, FLV) are decoded from the beginning.
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
+# Formats of FFmpeg whose files name others instead of holding pictures, and how the texts among those begin.
+PLAYLISTS = {"applehttp", "concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest"}
+HEAD_BYTES, PLAYLIST_MARKS = 4096, (b"#EXTM3U", b"ffconcat version", b"<MPD", b"<CompositionPlaylist", b"c=IN IP")
+
 # Decoders that can leave out pictures on which no other depends.
 SKIPPING_CODECS = ("h264", "hevc")
 
@@ -385,7 +389,7 @@ def open_video(source: Any, backend: str | None = None) -> VideoReader:
     check_installed(backend)
     if backend != "pyav" and import_decoder("pyav") is not None:
         return READERS[backend](source, PyAVReader(source))
-    return READERS[backend](source)
+    return open_alone(backend, source)
 
 
 def open_with_any(source: Source) -> VideoReader:
@@ -394,12 +398,22 @@ def open_with_any(source: Source) -> VideoReader:
     for backend in BACKENDS:  # one by one: imports take time
         if import_decoder(backend) is not None:
             try:
-                return READERS[backend](source)
+                return open_alone(backend, source)
             except ValueError as error:
                 failures.append(error)
     if not failures:
         check_installed(*BACKENDS)
     raise failures[0]
+
+
+def open_alone(backend: str, source: Source) -> VideoReader:
+    """The reader with an index of its own; ValueError for a playlist, also where the decoder would follow it."""
+    if backend != "pyav":
+        with source.open() as file:
+            head = file.read(HEAD_BYTES)
+        if any(mark in head for mark in PLAYLIST_MARKS):
+            raise ValueError(f"{source.name}: a playlist, which names other files; give one of those")
+    return READERS[backend](source)
 
 
 def check_installed(*backends: str) -> None:
@@ -446,7 +460,8 @@ class PyAVReader(VideoReader):
         place, protocols = self._place()
         try:
             # Titles in other encodings than UTF-8 are no reason to refuse a video.
-            container = self._av.open(place, metadata_errors="replace", options={"protocol_whitelist": protocols})
+            options = {"protocol_whitelist": protocols, "format_whitelist": self._formats()}
+            container = self._av.open(place, metadata_errors="replace", options=options)
         except self._av.error.FFmpegError as error:
             raise ValueError(
                 f"{self.name}: not a readable video ({error.strerror}); check that it is one and is complete"
@@ -464,10 +479,14 @@ class PyAVReader(VideoReader):
             yield container, chosen
 
     def _place(self) -> tuple[str | BinaryIO, str]:
-        """What FFmpeg opens, and the protocols of what a playlist in there may name: never the network."""
+        """What FFmpeg opens, and the protocols of what it may name in turn: never the network."""
         if self._source.is_local:
             return f"file:{self.path}", "file,crypto,data"
         return self._source.open(), "none"
+
+    def _formats(self) -> str:
+        """All containers but those that name other files, which could be anywhere, or wait for more to come."""
+        return ",".join(self._av.formats_available - PLAYLISTS)
 
     def _packets(self, container: Any, stream: Any) -> Iterator[Any]:
         packets = container.demux(stream)

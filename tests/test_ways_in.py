@@ -3,6 +3,7 @@
 import io
 import os
 import socket
+import sys
 import tempfile
 import threading
 from contextlib import contextmanager
@@ -298,6 +299,22 @@ def test_a_playlist_does_not_reach_the_network(server, clip, tmp_path, way):
     with pytest.raises(ValueError, match="not a readable video|no frame|no video"):
         open_video(WAYS[way](playlist))
     assert server.sent == []
+
+
+@pytest.mark.parametrize("backend", [None, "pyav", "decord"])
+@pytest.mark.parametrize("end", ["#EXT-X-ENDLIST\n", ""])  # without it, more is waited for
+def test_a_playlist_does_not_reach_other_files(clip, tmp_path, backend, end):
+    playlist = tmp_path / "video.mp4"
+    playlist.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{clip}\n{end}")
+    with pytest.raises(ValueError, match="video.mp4: not a readable video"):
+        open_video(playlist, backend)
+
+
+def test_a_playlist_does_not_reach_other_files_without_pyav(clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    (playlist := tmp_path / "video.mp4").write_text(f"ffconcat version 1.0\nfile '{clip}'\n")
+    with pytest.raises(ValueError, match="video.mp4: a playlist, which names other files"):
+        open_video(playlist)
 
 
 def test_bytes_do_not_reach_local_files(clip):

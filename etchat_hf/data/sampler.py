@@ -15,16 +15,16 @@ class ETChatBatchSampler(Sampler):
     """
     The batches of *all* processes in turn: batch `k` is for process `k % world_size`, as accelerate deals them out.
 
-    Every batch is full, and every process gets as many: rows at the end are repeated where the numbers do not work
-    out, fewer than `world_size * batch_size` of each modality. Process counts and accumulation that lead to the same
-    `global_batch_size` lead to the same global batches, but for those repeated rows.
+    Every global batch is full: rows are repeated at the end where the numbers do not work out, fewer than
+    `global_batch_size` of each modality. So process counts and accumulation that lead to the same `global_batch_size`
+    lead to the same global batches.
 
     The position is all there is to know: skipping the first `k` batches (accelerate's `skip_first_batches`) reads none
     of them, and goes on exactly as if they had been read.
 
     Args:
         dataset ([`ETChatDataset`]): the rows; its `epoch` and `seed` set the order. With its `group_by_modality` each
-            global batch is filled from one modality; what is left of each at the end makes single batches.
+            global batch is of one modality.
         batch_size (`int`): rows per process and forward pass.
         world_size (`int`, *optional*, defaults to 1): processes.
         global_batch_size (`int`, *optional*): rows per optimizer step, over processes and accumulation; default: one
@@ -66,8 +66,8 @@ class ETChatBatchSampler(Sampler):
         for rows, weight in self._strata:
             kind = self._kinds[rows[0]]
             drawn[kind] = drawn.get(kind, 0) + _num_draws(rows, weight)
-        batches = sum(math.ceil(number / self.batch_size) for number in drawn.values())
-        return math.ceil(batches / self.world_size) * self.world_size
+        steps = sum(math.ceil(number / self.global_batch_size) for number in drawn.values())
+        return steps * (self.global_batch_size // self.batch_size)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         epoch = self.dataset.epoch
@@ -85,18 +85,14 @@ class ETChatBatchSampler(Sampler):
         rng = np.random.default_rng([self.dataset.seed, epoch])
         rows = np.concatenate([_draw(rows, weight, rng) for rows, weight in self._strata])
         rows = rng.permutation(rows) if self.shuffle else np.sort(rows, kind="stable")
-        whole, rest = [], []
+        steps = []
         for kind in np.unique(self._kinds[rows]):
             of_kind = rows[self._kinds[rows] == kind]
-            cut = len(of_kind) - len(of_kind) % self.global_batch_size
-            whole.append(of_kind[:cut].reshape(-1, self.global_batch_size))
-            missing = -len(of_kind) % self.batch_size
-            rest.append(np.concatenate([of_kind[cut:], np.resize(of_kind, missing)]).reshape(-1, self.batch_size))
-        blocks, ends = np.concatenate(whole), np.concatenate(rest)
-        if self.shuffle and len(whole) > 1:
-            blocks, ends = rng.permutation(blocks), rng.permutation(ends)
-        batches = np.concatenate([blocks.reshape(-1, self.batch_size), ends])
-        return np.resize(batches, (len(self), self.batch_size))
+            number = math.ceil(len(of_kind) / self.global_batch_size)
+            steps.append(np.resize(of_kind, (number, self.global_batch_size)))
+        if self.shuffle and len(steps) > 1:
+            steps = [rng.permutation(np.concatenate(steps))]
+        return np.concatenate(steps).reshape(-1, self.batch_size)
 
 
 def _extents(dataset: ETChatDataset):

@@ -38,8 +38,8 @@ class AnnotationFile(Protocol):
     def read(self, position: int) -> dict:
         """The row; ValueError or OSError if it is not readable."""
 
-    def read_all(self) -> Iterator[dict]:
-        """Every row in order, without `media`."""
+    def read_all(self) -> Iterator[dict | ValueError]:
+        """Every row in order, without `media`; the error of one that is not readable."""
 
 
 def open_annotations(annotations: str) -> list[AnnotationFile]:
@@ -114,15 +114,21 @@ class JsonRows:
         with open(self.name, "rb") as file:
             return self._read_from(file, position)
 
-    def read_all(self) -> Iterator[dict]:
+    def read_all(self) -> Iterator[dict | ValueError]:
         with open(self.name, "rb") as file:
-            yield from (self._read_from(file, position) for position in range(len(self.index)))
+            for position in range(len(self.index)):
+                try:
+                    yield self._read_from(file, position)
+                except ValueError as error:
+                    yield error
 
     def _read_from(self, file: BinaryIO, position: int) -> dict:
         file.seek(self.index.start[position])
         content = file.read(self.index.extent[position])
         try:
             return json.loads(content)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8 (byte {self.index.start[position] + error.start} of {self.name})") from error
         except ValueError as error:
             raise ValueError(f"not where the index says; {self.name} has changed while it was in use") from error
 
@@ -143,7 +149,7 @@ class JsonRows:
                 while gap := (separator if number else SPACE).match(buffer, position):
                     try:
                         row, end = decode(buffer, gap.end())
-                    except ValueError:
+                    except (ValueError, RecursionError):
                         break  # broken, or not all there yet
                     if not isinstance(row, dict):
                         raise ValueError(f"{self.name}: row {number} (from 0) is {row!r:.40}, not an object.")
@@ -162,8 +168,10 @@ class JsonRows:
         if gap:
             try:
                 json.JSONDecoder().raw_decode(rest, gap.end())
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 reason, place = error.msg, offset + error.pos
+            except RecursionError:
+                reason = "nested too deeply"
         raise ValueError(
             f"{self.name}: row {number} (from 0) is not valid JSON ({reason}, byte {place}); repair it or download it "
             "again."
@@ -184,13 +192,18 @@ class ParquetRows:
 
     def read(self, position: int) -> dict:
         group, place = int(self.index.start[position]), int(self.index.extent[position])
-        # Arrow's threads are gone in loader workers, which are forked
-        table = self._file.read_row_group(group, use_threads=False).slice(place, 1)
-        return _without_nulls(table.to_pylist()[0])
+        return _without_nulls(self._read_group(group).slice(place, 1).to_pylist()[0])
 
     def read_all(self) -> Iterator[dict]:
         columns = [name for name in self._file.schema_arrow.names if name != MEDIA_COLUMN]
         yield from (row for _, _, row in self._rows(columns))
+
+    def _read_group(self, group: int, columns: list[str] | None = None):
+        try:
+            # Arrow's threads are gone in loader workers, which are forked
+            return self._file.read_row_group(group, columns, use_threads=False)
+        except OSError as error:  # of Arrow, too
+            raise ValueError(f"{self.name}: row group {group} is damaged ({error}); download it again") from error
 
     @property
     def is_packed(self) -> bool:
@@ -213,7 +226,7 @@ class ParquetRows:
 
     def _rows(self, columns: list[str]) -> Iterator[tuple[int, int, dict]]:
         for group in range(self._file.num_row_groups):
-            rows = self._file.read_row_group(group, columns=columns).to_pylist()
+            rows = self._read_group(group, columns).to_pylist()
             yield from ((group, place, _without_nulls(row)) for place, row in enumerate(rows))
 
 

@@ -13,7 +13,6 @@ from etchat_hf.data.media import locate, opened_clip
 from etchat_hf.data.rows import MODALITIES, check_clip, modality_of, read_times, read_turns
 from etchat_hf.data.stages import STAGES, DataSource, ETChatDataArguments, StageData
 from etchat_hf.video_decoding_etchat import open_video
-from etchat_hf.video_processing_etchat import load_picture
 
 SHOWN_PROBLEMS = 10
 
@@ -93,7 +92,11 @@ def _check_source(source: DataSource, use_matching: bool, num_opened: int, progr
         check.problems.append("no row passes the filters")
     missing = rows.missing_roots()
     check.problems += missing.values()
-    sound = _check_rows(rows, use_matching, missing, check.problems, progress)
+    try:
+        sound = _check_rows(rows, use_matching, missing, check.problems, progress)
+    except (ValueError, OSError) as error:  # of a whole file
+        check.problems.append(str(error))
+        return check
     for position in sorted(random.Random(0).sample(sound, min(num_opened, len(sound)))):
         check.opened += 1
         if (problem := _reading_problem(rows, position)) is not None:
@@ -108,6 +111,9 @@ def _check_rows(
     known: dict[str, str | None] = {}  # what is wrong with each file, by name
     sound = []
     for position, (file, row) in enumerate(progress(_kept_rows(rows))):
+        if isinstance(row, ValueError):
+            problems.append(f"{rows.describe(position)}: {row}")
+            continue
         modality = modality_of(row)
         try:
             _check_row(row, use_matching)
@@ -123,7 +129,7 @@ def _check_rows(
     return sound
 
 
-def _kept_rows(rows: SourceRows) -> Iterator[tuple[AnnotationFile, dict]]:
+def _kept_rows(rows: SourceRows) -> Iterator[tuple[AnnotationFile, dict | ValueError]]:
     """The rows that pass the filters, in their order in the source."""
     for number, file in enumerate(rows.files):
         kept = set(rows.row_of[rows.file_of == number].tolist())
@@ -152,7 +158,8 @@ def _reading_problem(rows: SourceRows, position: int) -> str | None:
         if media is not None:
             is_image = modality_of(row) == "image"
             with opened_clip(media, is_image, square_colour=None) as clip:
-                load_picture(clip) if is_image else next(open_video(clip).read([0]))
+                if not is_image:  # an image has been decoded by now
+                    next(open_video(clip).read([0]))
     except UNREADABLE as error:
         return str(error)
     return None

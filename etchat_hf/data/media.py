@@ -1,6 +1,5 @@
 """From the media that a row names to something the video processor takes."""
 
-import io
 import os
 import posixpath
 import re
@@ -13,7 +12,7 @@ import numpy as np
 import PIL.Image
 from huggingface_hub import HfFileSystem, hf_hub_download
 
-from etchat_hf.video_decoding_etchat import is_url
+from etchat_hf.video_decoding_etchat import Source, is_url
 from etchat_hf.video_processing_etchat import load_picture, pad_to_square
 
 HUB_PREFIX = "hf://"
@@ -108,10 +107,11 @@ def opened_clip(media: str | bytes, is_image: bool, square_colour: list[float] |
             yield file.name
 
 
-def _open_image(media: str | bytes, square_colour: list[float] | None) -> np.ndarray | str | PIL.Image.Image:
-    if isinstance(media, bytes):
-        try:
-            media = PIL.Image.open(io.BytesIO(media))
-        except PIL.UnidentifiedImageError as error:
-            raise ValueError("the packed bytes are not an image") from error
-    return media if square_colour is None else pad_to_square(load_picture(media), square_colour)
+def _open_image(media: str | bytes, square_colour: list[float] | None) -> np.ndarray:
+    """The picture, decoded; of an animated one the first, since an image is a clip of one frame."""
+    source = Source(media)
+    try:
+        picture = load_picture(PIL.Image.open(source.location))
+    except PIL.UnidentifiedImageError as error:
+        raise ValueError(f"{source.name}: not an image") from error
+    return picture if square_colour is None else pad_to_square(picture, square_colour)

@@ -10,6 +10,7 @@ from etchat_hf.processing_etchat import IMAGE_TOKEN, SPAN, VID_TOKEN
 
 MODALITIES = ("text", "image", "video")
 ROLES = {"human": "user", "gpt": "assistant"}
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def modality_of(row: dict) -> str:
@@ -34,7 +35,8 @@ def _number(value: object) -> float:
 
 def words_of_first_answer(row: dict) -> int:
     """Space-separated words of the first answer; 0 where there is none, which `read_turns` reports."""
-    for turn in row.get("conversations") or ():
+    turns = row.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict) and turn.get("from") == "gpt":
             return str(turn.get("value")).count(" ") + 1
     return 0
@@ -48,18 +50,20 @@ def read_turns(row: dict) -> list[tuple[str, str]]:
         ValueError: if there is no question with an answer, a role is unknown or out of turn, or a text is not a text.
     """
     turns = row.get("conversations")
-    if not turns:
+    if turns is None or turns == []:
         raise ValueError("there are no conversations")
     if not isinstance(turns, list):
         raise ValueError(f"conversations is {turns!r:.40}; it must be a list of turns")
     read = []
     for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES:
+        if not isinstance(turn, dict) or turn.get("from") not in list(ROLES):  # a list may look for what has no hash
             found = turn.get("from") if isinstance(turn, dict) else turn
-            raise ValueError(f"unknown role {found!r} in conversations; it must be one of {', '.join(ROLES)}")
+            raise ValueError(f"unknown role {found!r:.40} in conversations; it must be one of {', '.join(ROLES)}")
         if not isinstance(turn.get("value"), str):
-            raise ValueError(f"a turn's value is {turn.get('value')!r}; it must be a text")
-        read.append((ROLES[turn["from"]], turn["value"]))
+            raise ValueError(f"a turn's value is {turn.get('value')!r:.40}; it must be a text")
+        if not (text := turn["value"]).isascii() and LONE_SURROGATE.search(text):
+            raise ValueError(f"{text!r:.40} holds half of a surrogate pair, which is no Unicode text")
+        read.append((ROLES[turn["from"]], text))
     if read[0][0] == "assistant":
         del read[0]
     for index, (role, _) in enumerate(read):

@@ -68,6 +68,7 @@ def test_rows_are_read_back_whatever_the_layout_and_chunks(tmp_path, monkeypatch
         ('[{"id": 1}] trailing', "row 1"),
         ('{"id": 1}\n{"id": 2}\n{"id"', "row 2"),
         ("not json", "row 0"),
+        ('[{"id": 1}, {"id": ' + "[" * 20_000, r"row 1 \(from 0\) is not valid JSON \(nested too deeply"),
     ],
 )
 @pytest.mark.parametrize("chunk", [3, 8 << 20])
@@ -79,6 +80,26 @@ def test_malformed_json_names_file_and_row(tmp_path, monkeypatch, content, messa
         open_annotations(str(path))
     assert str(path) in str(error.value)
     assert not list(tmp_path.glob("*.npz"))
+
+
+def test_a_row_that_is_no_utf8_is_named_and_hides_no_other(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b'[{"id": 1}, {"id": "\xff"}, {"id": 3}]')
+    (file,) = open_annotations(str(path))
+    with pytest.raises(ValueError, match=f"not UTF-8 .byte 20 of {path}"):
+        file.read(1)
+    first, second, third = file.read_all()
+    assert (first, third) == ({"id": 1}, {"id": 3}) and "not UTF-8" in str(second)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"conversations": "x" * 5000}] * 3), path)
+    content = bytearray(path.read_bytes())
+    content[4:40] = bytes(36)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="rows.parquet: row group 0 is damaged"):
+        open_annotations(str(path))
 
 
 def test_a_broken_row_does_not_pull_the_rest_into_memory(tmp_path, monkeypatch):

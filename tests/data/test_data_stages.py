@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import yaml
 from annotation_rows import image_row, run, text_row, turns, video_row, write_rows
@@ -236,3 +237,28 @@ def test_image_padding_is_for_images_only(tmp_path, media, processor):
     assert (plain[1]["pixel_values"] == padded[1]["pixel_values"]).all()
     # 60 x 40: a third of the square is padding in the mean colour, which normalises to almost nothing
     assert padded[0]["pixel_values"][0, :, 0].abs().max() < 0.02
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_an_animated_image_is_one_frame(tmp_path, processor, pad):
+    pictures = [PIL.Image.new("RGB", (60, 40), color) for color in ("red", "blue", "green")]
+    pictures[0].save(tmp_path / "moving.gif", save_all=True, append_images=pictures[1:])
+    row = image_row(0) | {"image": "moving.gif"}
+    source = DataSource(write_rows(tmp_path / "rows.json", [row]), str(tmp_path))
+    sample = build_dataset(StageData((source,), pad_to_square=pad), processor)[0]
+    assert sample["pixel_values"].shape == (1, 3, 28, 28) and sample["frame_times"] == [[0.0]]
+    (tmp_path / "stage.yaml").write_text(
+        yaml.safe_dump({"annotations": [source.annotations], "image_root": str(tmp_path)})
+    )
+    assert run("data", "check", tmp_path / "stage.yaml").exit_code == 0
+
+
+def test_rows_that_are_no_rows_are_listed_with_the_others(tmp_path, media):
+    rows = [video_row(0), video_row(1) | {"conversations": 5}, video_row(2, note="here")]
+    path = Path(write_rows(tmp_path / "rows.json", rows))
+    path.write_bytes(path.read_bytes().replace(b"here", b"\xff\xfe  "))
+    config = {"annotations": [str(path)], "video_root": str(media), "use_matching": True}
+    (tmp_path / "stage.yaml").write_text(yaml.safe_dump(config))
+    result = run("data", "check", tmp_path / "stage.yaml")
+    assert result.exit_code == 2 and "2 problems" in result.output
+    assert "row 1 (id v1): conversations is 5" in result.output and "row 2: not UTF-8" in result.output

@@ -95,5 +95,7 @@ def pack(
         from etchat_hf.data.pack import pack as pack_files
     except ImportError as error:
         raise ImportError(f"packing needs pyarrow ({error}): pip install 'etchat_hf[train]'") from error
-    problems = pack_files(annotations, videos, dst, num_shards, shard, images, _progress("packing"))
-    _list_problems(problems)
+    done = pack_files(annotations, videos, dst, num_shards, shard, images, _progress("packing"))
+    left_out = f"{len(done.problems)} rows left out"
+    print(f"{done.rows} rows packed, {done.skipped_shards} shards skipped (there already), {left_out}")
+    _list_problems(done.problems)

@@ -1,9 +1,10 @@
 """Compresses a tree of videos for training: few small frames, no sound, and the times of the originals."""
 
-import json
+import glob
 import multiprocessing
 import os
 import queue
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,8 @@ from typing import NamedTuple
 import av
 import numpy as np
 
+from etchat_hf.data.settings_file import keep_settings
+from etchat_hf.loader_workers import leave_with_parent
 from etchat_hf.video_decoding_etchat import open_video, sample_frame_indices
 
 VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
@@ -87,10 +90,10 @@ def compress_tree(
         raise ValueError(f"workers is {workers}; it must be at least 1.")
     if destination.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"{destination}: lies inside of {source}; choose another destination.")
-    videos = sorted(path for path in source.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    videos = sorted(_videos_below(source, {source.resolve()}))
     if not videos:
         raise FileNotFoundError(f"{source}: no videos here; give the folder that holds them.")
-    _keep_settings(destination, settings)
+    keep_settings(destination / SETTINGS_FILE, asdict(settings))
     videos = videos if shard is None else videos[shard::num_shards]
     tasks = [(path, destination / path.relative_to(source)) for path in videos]
     tasks = [(path, output) for path, output in tasks if not output.exists()]
@@ -99,22 +102,14 @@ def compress_tree(
     return Compressed(len(tasks) - len(failed), len(videos) - len(tasks), failed)
 
 
-def _keep_settings(destination: Path, settings: Compression) -> None:
-    """Files made with other settings must not be mixed with the new ones unnoticed."""
-    destination.mkdir(parents=True, exist_ok=True)
-    path = destination / SETTINGS_FILE
-    if not path.exists():
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(asdict(settings)), encoding="utf-8")
-        os.replace(partial, path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: not valid JSON ({error}); if the videos there are compressed with {asdict(settings)}, delete it."
-        ) from error
-    if found != asdict(settings):
-        raise ValueError(f"{destination}: holds videos compressed with {found}; choose another destination.")
+def _videos_below(folder: Path, above: set[Path]) -> Iterator[Path]:
+    """Also those behind links to folders, as data trees have them, but none that leads to one of those `above`."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            if (place := path.resolve()) not in above:
+                yield from _videos_below(path, above | {place})
+        elif path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
+            yield path
 
 
 def _in_processes(tasks: list, settings: Compression, workers: int | None) -> Iterator[tuple[Path, str | None]]:
@@ -128,7 +123,8 @@ def _in_processes(tasks: list, settings: Compression, workers: int | None) -> It
     with ExitStack() as pools:
 
         def new_pool() -> ProcessPoolExecutor:
-            return pools.enter_context(ProcessPoolExecutor(1, mp_context=context))
+            pool = ProcessPoolExecutor(1, mp_context=context, initializer=leave_with_parent)
+            return pools.enter_context(pool)
 
         def attempt(path: Path, output: Path) -> str | None:
             pool = idle.get()
@@ -136,7 +132,7 @@ def _in_processes(tasks: list, settings: Compression, workers: int | None) -> It
                 return pool.submit(_attempt, path, output, settings).result()
             except BrokenProcessPool:
                 pool = new_pool()
-                _partial(output).unlink(missing_ok=True)
+                _remove_partials(output)
                 return "the process that compressed it died; was there too little memory?"
             finally:
                 idle.put(pool)
@@ -155,7 +151,7 @@ def _attempt(source: Path, output: Path, settings: Compression) -> str | None:
     try:
         compress_video(source, output, settings)
     except (ValueError, OSError, av.FFmpegError) as error:
-        return str(error)
+        return str(error).removeprefix(f"{source}: ")  # it is named with the reason
     return None
 
 
@@ -172,18 +168,31 @@ def compress_video(source: Path, output: Path, settings: Compression) -> None:
     indices = np.unique([0, *sampled])  # times count from the first frame, so that one has to stay
     times = reader.times[indices]
     height, width = _scaled(reader.height, reader.width, settings.size)
+    _warn_of_early_end(source, reader.duration)
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial(output)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         _write(partial, reader.read(indices), times, (height, width), _time_base(source))
         _verify(partial, times, (height, width))
         os.replace(partial, output)
     finally:
+        _remove_partials(output)
+
+
+def _remove_partials(output: Path) -> None:
+    """Also those that killed processes have left behind."""
+    for partial in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
         partial.unlink(missing_ok=True)
 
 
-def _partial(output: Path) -> Path:
-    return output.with_name(f".{output.name}.partial")
+def _warn_of_early_end(source: Path, duration: float) -> None:
+    with av.open(str(source), metadata_errors="replace") as container:
+        stream = container.streams.video[0]
+        declared = (container.duration or 0) / av.time_base - float((stream.start_time or 0) * stream.time_base)
+    if declared - duration > max(1.0, 0.1 * declared):
+        warnings.warn(
+            f"{source}: its pictures end after {duration:.1f} of {declared:.1f} s; is the file complete?", stacklevel=2
+        )
 
 
 def _scaled(height: int, width: int, size: int) -> tuple[int, int]:

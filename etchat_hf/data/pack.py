@@ -1,23 +1,28 @@
 """Packs annotations and their media into parquet shards, which stream from a disk or the Hub without loose files."""
 
+import hashlib
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
-from etchat_hf.data.annotations import MEDIA_COLUMN, open_annotations
+from etchat_hf.data.annotations import MEDIA_COLUMN, AnnotationFile, open_annotations
 from etchat_hf.data.compress import check_shard
 from etchat_hf.data.media import URL_PREFIXES, locate
 from etchat_hf.data.rows import modality_of
+from etchat_hf.data.settings_file import keep_settings
 from etchat_hf.video_decoding_etchat import Source
 
 ROW_GROUP_BYTES = 1 << 20  # what reading one row costs
 ROW_GROUP_ROWS = 256
 DICTIONARY_BYTES = 1 << 30
+
+Place = tuple[AnnotationFile, int]  # of a row
 
 _TURN = pyarrow.struct({"from": pyarrow.string(), "value": pyarrow.string()})
 SCHEMA = pyarrow.schema(
@@ -37,6 +42,14 @@ SCHEMA = pyarrow.schema(
 )
 
 
+class Packed(NamedTuple):
+    """What became of the rows: how many were packed, how many shards skipped (there already), which rows left out."""
+
+    rows: int
+    skipped_shards: int
+    problems: list[str]
+
+
 def pack(
     annotations: str,
     media_root: str,
@@ -45,7 +58,7 @@ def pack(
     shard: int | None = None,
     image_root: str | None = None,
     progress: Callable[[Iterable, int], Iterable] = lambda rows, total: rows,
-) -> list[str]:
+) -> Packed:
     """
     Writes `destination/NAME-00000-of-0000N.parquet`. Each shard appears when it is complete. Shards that are there are
     passed over, unless rows were left out of them: these are packed again. Within a shard rows are sorted by media,
@@ -59,47 +72,83 @@ def pack(
         shard (`int`, *optional*): which of them to write; default: all.
         progress: wraps the iterator over a shard's rows; called with their number.
 
-    Returns:
-        `list` of `str`: the rows that are left out, and why.
-
     Raises:
         FileNotFoundError: if there are no annotations, or no folder of media.
-        ValueError: if they are malformed, or a shard does not exist.
+        ValueError: if they are malformed, a shard does not exist, or the destination holds shards of that name that
+            were made of something else.
     """
     check_shard(shard, num_shards)
     files = open_annotations(annotations)
     for root in filter(None, (media_root, image_root)):
         if not root.startswith(URL_PREFIXES) and not Path(root).is_dir():
             raise FileNotFoundError(f"{root}: no such folder of media")
-    destination.mkdir(parents=True, exist_ok=True)
     stem = Path(files[0].name).stem
+    settings = {"num_shards": num_shards, "annotations and media": _digest(files, media_root, image_root)}
+    keep_settings(destination / f".{stem}.pack.json", settings)
     roots = {"video": media_root, "image": image_root or media_root}
-    problems = []
+    packed, num_skipped, problems = 0, 0, []
     for number in range(num_shards) if shard is None else [shard]:
         path = destination / f"{stem}-{number:05d}-of-{num_shards:05d}.parquet"
         if path.exists() and not _problems_file(path).exists():
+            num_skipped += 1
             continue
         places = [(file, position) for file in files for position in range(len(file.index))][number::num_shards]
-        rows = _sorted_by_media((f"{file.name} row {position}", file.read(position)) for file, position in places)
-        problems += _write_shard(path, progress(rows, len(rows)), roots)
-    return problems
+        places.sort(key=_media_name)
+        left_out = _write_shard(path, progress(places, len(places)), roots)
+        packed += len(places) - len(left_out)
+        problems += left_out
+    return Packed(packed, num_skipped, problems)
 
 
-def _sorted_by_media(rows: Iterable[tuple[str, dict]]) -> list[tuple[str, dict]]:
-    return sorted(rows, key=lambda entry: str(entry[1].get(modality_of(entry[1]), "")))
+def _digest(files: list[AnnotationFile], *roots: str | None) -> str:
+    """Tells other annotations and other folders apart, without naming those of this machine."""
+    state = hashlib.sha256()
+    for root in roots:
+        state.update(f"{root if root is None or root.startswith(URL_PREFIXES) else os.path.abspath(root)}\n".encode())
+    for file in files:
+        for part in (file.index.start, file.index.extent, file.index.duration, file.index.words, file.index.modality):
+            state.update(part.tobytes())
+    return state.hexdigest()[:16]
 
 
-def _write_shard(path: Path, rows: Iterable[tuple[str, dict]], roots: dict[str, str]) -> list[str]:
+def _media_name(place: Place) -> str:
+    """What rows are sorted by; they are read again when it is their turn, for all of them may not fit in memory."""
+    file, position = place
+    try:
+        row = file.read(position)
+    except ValueError:
+        return ""
+    return str(row.get(modality_of(row), ""))
+
+
+def _read(places: Iterable[Place], problems: list[str]) -> Iterator[tuple[str, dict]]:
+    for file, position in places:
+        name = f"{file.name} row {position}"
+        try:
+            yield name, file.read(position)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+
+
+def _write_shard(path: Path, places: Iterable[Place], roots: dict[str, str]) -> list[str]:
     problems = []
+    rows = _read(places, problems)
     partial = path.with_name(f".{path.name}.partial")
-    # A dictionary stores equal bytes of a row group once
-    with pyarrow.parquet.ParquetWriter(
-        partial, SCHEMA, use_dictionary=[MEDIA_COLUMN], dictionary_pagesize_limit=DICTIONARY_BYTES, compression="zstd"
-    ) as writer:
-        for group in _groups(_with_media(rows, roots, problems)):
-            writer.write_table(pyarrow.Table.from_pylist(group, schema=SCHEMA), row_group_size=len(group))
-    _problems_file(path).write_text("\n".join(problems), encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)
+    try:
+        # A dictionary stores equal bytes of a row group once
+        with pyarrow.parquet.ParquetWriter(
+            partial,
+            SCHEMA,
+            use_dictionary=[MEDIA_COLUMN],
+            dictionary_pagesize_limit=DICTIONARY_BYTES,
+            compression="zstd",
+        ) as writer:
+            for group in _groups(_with_media(rows, roots, problems)):
+                writer.write_table(pyarrow.Table.from_pylist(group, schema=SCHEMA), row_group_size=len(group))
+        _problems_file(path).write_text("\n".join(problems), encoding="utf-8", errors="backslashreplace")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     if not problems:
         _problems_file(path).unlink()
     return problems
@@ -113,7 +162,6 @@ def _problems_file(shard: Path) -> Path:
 def _with_media(rows: Iterable[tuple[str, dict]], roots: dict[str, str], problems: list[str]) -> Iterator[dict]:
     by_name = itertools.groupby(rows, key=lambda entry: (modality_of(entry[1]), entry[1].get(modality_of(entry[1]))))
     for (modality, name), entries in by_name:
-        entries = list(entries)
         try:
             content = None if modality == "text" else _content(locate(roots[modality], name))
         except (ValueError, OSError) as error:

@@ -1,5 +1,6 @@
 """`etchat compress` and `etchat pack`: exact times, nothing half-written, goes on where it was stopped."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -8,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import warnings
 from pathlib import Path
 
 import av
@@ -98,13 +101,15 @@ def test_a_video_that_cannot_be_written_fails_alone(tmp_path, videos):
 
 def test_a_process_that_dies_takes_only_its_own_video_along(tmp_path, videos):
     long = write_video(videos / "a.mp4", num_frames=150, fps=30, size=(320, 240), picture=noise_picture)
+    others = multiprocessing.active_children()
 
     def killing_the_first(results, total):
         def kill():
-            while not (tmp_path / "out" / ".a.mp4.partial").exists():
+            while not list((tmp_path / "out").glob(".a.mp4.*.partial")):
                 time.sleep(0.005)
             for process in multiprocessing.active_children():
-                process.kill()
+                if process not in others:
+                    process.kill()
 
         thread = threading.Thread(target=kill)
         thread.start()
@@ -135,7 +140,7 @@ def test_shards_share_the_work_without_overlap(tmp_path, videos):
         (["--size", 32, "--workers", 0], "workers is 0"),
         (["--shard", 3, "--num-shards", 3], "from 0 to 2"),
         (["--num-shards", 0], "num_shards is 0; it must be at least 1."),
-        (["--size", 64], "compressed with {'fps': 3.0, 'size': 32}"),
+        (["--size", 64], "what is there was made with size 32, not 64"),
     ],
 )
 def test_impossible_options_are_one_line(tmp_path, videos, arguments, message):
@@ -206,7 +211,8 @@ def test_packed_rows_give_the_same_samples(tmp_path, media, processor, monkeypat
     path = write_rows(tmp_path / "rows.json", ROWS)
     result = run("pack", path, media, tmp_path / "packed", "--num-shards", 3)
     assert result.exit_code == 0, result.output
-    assert tree(tmp_path / "packed") == [f"rows-0000{i}-of-00003.parquet" for i in range(3)]
+    assert "14 rows packed, 0 shards skipped (there already), 0 rows left out" in result.output
+    assert tree(tmp_path / "packed") == [".rows.pack.json", *(f"rows-0000{i}-of-00003.parquet" for i in range(3))]
     loose = build_dataset(StageData((DataSource(path, str(media), str(media)),), use_matching=True), processor)
     packed = build_dataset(StageData((DataSource(f"{tmp_path}/packed/*.parquet"),), use_matching=True), processor)
     assert loose.counts() == packed.counts()
@@ -268,11 +274,12 @@ def test_a_shard_with_left_out_rows_is_packed_again(tmp_path, media):
     first, again = (run("pack", path, root, packed) for _ in range(2))
     assert first.exit_code == again.exit_code == 2 and "late.mp4: no such file" in first.output
     shard = packed / "rows-00000-of-00001.parquet"
-    assert first.output == again.output
+    assert first.output == again.output and "1 rows packed" in first.output
+    assert str(root).encode() not in (packed / ".rows.pack.json").read_bytes()
     assert str(root).encode() not in shard.read_bytes()
     shutil.copy(media / "clips" / "0.mp4", root / "late.mp4")
     assert run("pack", path, root, packed).exit_code == run("pack", path, root, packed).exit_code == 0
-    assert tree(packed) == [shard.name] and pyarrow.parquet.read_table(shard).num_rows == 2
+    assert tree(packed) == [".rows.pack.json", shard.name] and pyarrow.parquet.read_table(shard).num_rows == 2
 
 
 def test_packing_goes_on_where_it_was_stopped(tmp_path, media, monkeypatch):
@@ -288,8 +295,83 @@ def test_packing_goes_on_where_it_was_stopped(tmp_path, media, monkeypatch):
     pack_module.pack(path, str(media), out, num_shards=2, shard=0)
     with pytest.raises(KeyboardInterrupt):
         pack_module.pack(path, str(media), out, num_shards=2, progress=stopped)
-    assert [name for name in tree(out) if not name.startswith(".")] == ["rows-00000-of-00002.parquet"]
-    pack_module.pack(path, str(media), out, num_shards=2)
+    assert tree(out) == [".rows.pack.json", "rows-00000-of-00002.parquet"]
+    assert pack_module.pack(path, str(media), out, num_shards=2) == (7, 1, [])
     assert tree(out) == tree(whole)
-    for name in tree(out):
+    for name in tree(out)[1:]:
         assert pyarrow.parquet.read_table(out / name).equals(pyarrow.parquet.read_table(whole / name))
+
+
+def test_other_annotations_or_numbers_of_shards_are_not_mixed(tmp_path, media):
+    path, packed = write_rows(tmp_path / "rows.json", ROWS), tmp_path / "packed"
+    assert run("pack", path, media, packed, "--num-shards", 3).exit_code == 0
+    other = run("pack", path, media, packed, "--num-shards", 2)
+    assert other.exit_code == 2 and "was made with num_shards 3, not 2; choose another destination" in other.output
+    write_rows(tmp_path / "rows.json", ROWS[:4])
+    other = run("pack", path, media, packed, "--num-shards", 3)
+    assert other.exit_code == 2 and "was made with annotations and media" in other.output
+    assert len(list(packed.glob("*.parquet"))) == 3
+
+
+def test_unreadable_rows_are_left_out_of_a_shard(tmp_path, media):
+    rows = [text_row(0), {"conversations": 5}, {**text_row(2), "conversations": [{"from": ["human"], "value": ""}]}]
+    path = Path(write_rows(tmp_path / "rows.json", [*rows, {**text_row(3), "note": "here"}]))
+    path.write_bytes(path.read_bytes().replace(b"here", b"\xff\xfe  "))
+    result = run("pack", path, media, tmp_path / "packed")
+    assert (
+        result.exit_code == 2 and "1 rows packed, 0 shards skipped (there already), 3 rows left out" in result.output
+    )
+    for expected in ("row 1: a field", "row 2: a field", "row 3: not UTF-8"):
+        assert expected in result.output
+
+
+def test_rows_are_not_held_in_memory_while_they_are_packed(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = text_row(0)
+    row["conversations"][1]["value"] = "word " * 2_000
+    path.write_text("".join(json.dumps(row) + "\n" for _ in range(8000)))  # 80 MB
+    tracemalloc.start()
+    assert pack_module.pack(str(path), str(tmp_path), tmp_path / "packed").rows == 8000
+    assert tracemalloc.get_traced_memory()[1] < 60e6  # most of it for the index, 8 MB at a time
+    tracemalloc.stop()
+
+
+def test_videos_behind_links_to_folders_are_compressed(tmp_path, videos):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / "linked").symlink_to(videos)
+    (raw / "round").symlink_to(raw)
+    done = compress_tree(raw, tmp_path / "out", Compression(size=64))
+    assert done.written == sum(name.startswith("linked/") for name in tree(tmp_path / "out")) > 3
+    assert "linked/a.mp4" in tree(tmp_path / "out") and not (tmp_path / "out" / "round").exists()
+
+
+def test_a_video_that_breaks_off_is_told_of(tmp_path):
+    whole = write_video(tmp_path / "whole.mkv", num_frames=100, fps=10)
+    cut = cut_short(whole, tmp_path / "cut.mkv", 0.5)
+    with pytest.warns(UserWarning, match=r"cut.mkv: its pictures end after \d.\d of 10.0 s; is the file complete"):
+        compress_video(cut, tmp_path / "out.mp4", Compression(size=64))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compress_video(whole, tmp_path / "all.mp4", Compression(size=64))
+
+
+def test_workers_leave_with_a_killed_compression(tmp_path):
+    (folder := tmp_path / "videos").mkdir()
+    write_video(folder / "0.mp4", num_frames=600, fps=30, size=(640, 480), picture=noise_picture)
+    program = (
+        "from pathlib import Path\n"
+        "from etchat_hf.data.compress import Compression, compress_tree\n"
+        "if __name__ == '__main__':\n"
+        f"    compress_tree(Path({str(folder)!r}), Path({str(tmp_path / 'out')!r}), Compression(fps=30), workers=1)\n"
+    )
+    (tmp_path / "compress.py").write_text(program)
+    command = subprocess.Popen([sys.executable, str(tmp_path / "compress.py")], stdout=subprocess.PIPE)
+    while not list((tmp_path / "out").glob(".0.mp4.*.partial")):
+        time.sleep(0.02)
+        assert command.poll() is None
+    command.kill()
+    command.communicate(timeout=60)  # ends when nobody holds the output any longer
+    assert not (tmp_path / "out" / "0.mp4").exists()
+    assert compress_tree(folder, tmp_path / "out", Compression(fps=30), workers=1) == (1, 0, {})
+    assert tree(tmp_path / "out") == [".etchat-compress.json", "0.mp4"]

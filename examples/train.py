@@ -37,12 +37,13 @@ def main() -> None:
         "max_failure_rate": data_args.max_failure_rate,
     }
     checkpoint = find_checkpoint(args)
-    skip_log = Path(args.output_dir, "skipped_samples.jsonl")
+    logs = [Path(args.output_dir, name) for name in ("skipped_samples.jsonl", "skipped_eval_samples.jsonl")]
     if checkpoint is None and args.process_index == 0:
-        skip_log.unlink(missing_ok=True)
+        for log in logs:
+            log.unlink(missing_ok=True)
     with args.main_process_first(desc="index of the annotations"):
-        dataset = build_dataset(stage, processor, skip_log=skip_log, **options)
-        eval_dataset = build_dataset(eval_stage, processor, **options) if eval_stage else None
+        dataset = build_dataset(stage, processor, skip_log=logs[0], **options)
+        eval_dataset = build_dataset(eval_stage, processor, skip_log=logs[1], **options) if eval_stage else None
 
     set_seed(args.seed)  # heads and LoRA start fresh, and alike in all processes
     trainer = ETChatTrainer(
@@ -59,6 +60,8 @@ def main() -> None:
     trainer.save_stage()
     if trainer.is_world_process_zero():
         print(dataset.skips.summary())
+        if eval_dataset is not None:
+            print("evaluation:", eval_dataset.skips.summary())
 
 
 def find_checkpoint(args: ETChatTrainingArguments) -> str | None:

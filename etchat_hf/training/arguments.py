@@ -145,6 +145,11 @@ class ETChatTrainingArguments(TrainingArguments):
                 "split_batches, dispatch_batches and ignore_data_skip would deal rows out twice or lose their place; "
                 "leave them out."
             )
+        if not self.average_tokens_across_devices or self.label_smoothing_factor:
+            raise ValueError(
+                "average_tokens_across_devices=False and label_smoothing_factor would change one part of the loss and "
+                "not the other; leave them out."
+            )
         if self.save_dtype not in DTYPES:
             raise ValueError(f"save_dtype is {self.save_dtype!r}; it must be one of {', '.join(DTYPES)}.")
         for name in ("per_device_train_batch_size", "global_batch_size", "gradient_accumulation_steps"):

@@ -1,5 +1,6 @@
 """Folders on disk: complete or not there at all, and each of them loadable on its own."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,12 +10,14 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import modeling_etchat
 from ..configuration_etchat import ETChatConfig
 from ..modeling_etchat import ETChatForConditionalGeneration
 
 ADAPTER_CONFIG = "adapter_config.json"
+SETTINGS = "training_settings.json"
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*", ADAPTER_CONFIG)
 
 
@@ -25,6 +28,35 @@ def write_model_files(model: ETChatForConditionalGeneration, folder: str | Path)
     code = modeling_etchat.__file__
     for file in (code, *get_relative_import_files(code)):
         shutil.copyfile(file, Path(folder) / Path(file).name)
+
+
+def write_settings(checkpoint: Path, settings: dict) -> None:
+    """Notes what training was done with; only in checkpoints that it can go on from."""
+    (checkpoint / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def check_same_training(checkpoint: Path, settings: dict) -> None:
+    """
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError: if training cannot go on from it with these settings, naming those that differ.
+    """
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        raise FileNotFoundError(f"{checkpoint}: no checkpoint of a training run (no {TRAINER_STATE_NAME}).")
+    if not (checkpoint / SETTINGS).is_file():
+        raise ValueError(
+            f"{checkpoint}: holds a model only (save_only_model), so training cannot go on from it; begin anew in "
+            "another --output_dir."
+        )
+    known = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
+    changed = [
+        f"{name} {known.get(name)}, not {value}" for name, value in settings.items() if known.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint}: was trained with {'; '.join(changed)}. Go on with the same, or begin anew in another "
+            "--output_dir."
+        )
 
 
 @contextmanager

@@ -11,13 +11,14 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from ..clip_encoder import ClipEncoder
-from ..data import ETChatBatchSampler
+from ..data import ETChatBatchSampler, ETChatDataset
+from ..data.encoding import IGNORED
 from ..loader_workers import leave_with_parent
 from .arguments import ETChatTrainingArguments
-from .checkpoints import merge_checkpoint, write_model_files
+from .checkpoints import check_same_training, merge_checkpoint, write_model_files, write_settings
 from .model import check_vid_token, stored_dtype
 from .model_card import public_name, write_model_card
 from .span_evaluation import answer_sample, score_samples
@@ -134,7 +135,7 @@ class ETChatTrainer(Trainer):
         self._num_matched = None
         if self.model.config.use_matching and batch_samples:
             token = self.model.config.match_token_id
-            matched = sum((batch["labels"][:, 1:] == token).any(1).sum() for batch in batch_samples).to(device)
+            matched = sum(_num_matched(batch["labels"], token) for batch in batch_samples).to(device)
             # Without any target the sum is 0 as well
             self._num_matched = self.accelerator.gather(matched).sum().clamp(min=1)
         return super()._get_num_items_in_batch(batch_samples, device)
@@ -149,18 +150,13 @@ class ETChatTrainer(Trainer):
         for name in LOSS_PARTS:
             if (part := outputs[name] if name in outputs else None) is not None:
                 # Like the loss itself: the mean over processes of what each one counts for.
-                part = part.detach().float() * self.accelerator.num_processes
-                total, count = self._parts.get(name, (0.0, 0))
-                self._parts[name] = (total + part, count + 1)
+                self._parts[name] = self._parts.get(name, 0.0) + part.detach().float() * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        is_eval = any(key.startswith("eval_") for key in logs)
-        if "loss" in logs or is_eval:
+        if "loss" in logs:
             steps = max(self.state.global_step - self._parts_since, 1)
-            for name, (total, count) in self._parts.items():
-                mean = self.accelerator.gather(total).mean().item() / (count if is_eval else steps)
-                logs[f"eval_{name}" if is_eval else name] = mean
+            logs |= {name: self.accelerator.gather(total).mean().item() / steps for name, total in self._parts.items()}
             self._parts = {}
         super().log(logs, start_time)
 
@@ -176,8 +172,42 @@ class ETChatTrainer(Trainer):
 
     # ---- Evaluation ----
 
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        self._evaluated = torch.zeros(len(LOSS_PARTS), 2, device=self.args.device)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Once for the whole set: means of batches would depend on how it is split, and on batches without targets
+        sums, counts = self.accelerator.reduce(self._evaluated, "sum").T
+        losses = dict(zip(LOSS_PARTS, (sums / counts.clamp(min=1)).tolist(), strict=True))
+        if not self.model.config.use_matching:
+            del losses["match_loss"]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in losses.items()})
+        output.metrics[f"{metric_key_prefix}_loss"] = sum(losses.values())
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        labels = self._without_copies(inputs["labels"])
+        # Divided by 1, the losses are sums over tokens and over samples with targets
+        inputs |= {"labels": labels, "num_items_in_batch": 1, "num_matched_samples_in_batch": 1, "skip_logits": True}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs)
+        parts = [(outputs["lm_loss"], (labels[:, 1:] != IGNORED).sum())]
+        if self.model.config.use_matching:
+            parts.append((outputs["match_loss"], _num_matched(labels, self.model.config.match_token_id)))
+        for row, part in enumerate(parts):
+            self._evaluated[row] += torch.stack([value.float() for value in part])
+        return outputs["loss"].detach(), None, None
+
+    def _without_copies(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels of no row that fills up the last batch of several processes: it is counted in another place."""
+        state = self.accelerator.gradient_state
+        if not (state.end_of_dataloader and state.remainder > 0):
+            return labels
+        first = self.args.process_index * len(labels)
+        places = torch.arange(first, first + len(labels), device=labels.device)
+        return labels.masked_fill(places[:, None] >= state.remainder, IGNORED)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        self._parts = {}
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if self.args.eval_span_samples:
             spans = self._score_spans(eval_dataset or self.eval_dataset)
@@ -204,6 +234,36 @@ class ETChatTrainer(Trainer):
     def _get_output_dir(self, trial) -> str:
         return self._aside or super()._get_output_dir(trial)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        As `Trainer.train`.
+
+        Raises:
+            ValueError: if training cannot go on from the checkpoint exactly: it holds a model only, or was trained
+                with other settings or on other rows.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            check_same_training(Path(resume_from_checkpoint), self._settings())
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _settings(self) -> dict:
+        """What cannot change between the starts of a run without a break in what it computes."""
+        args = self.args
+        settings = {
+            "tuning_mode": self.tuning_mode,
+            "lora": None,
+            "samples per step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        }
+        if hasattr(self.model, "peft_config"):
+            lora = self.model.peft_config["default"]
+            settings["lora"] = {"targets": lora.target_modules, "r": lora.r, "alpha": lora.lora_alpha}
+        if isinstance(self.train_dataset, ETChatDataset):
+            settings["seed of the order"] = self.train_dataset.seed
+            settings["rows"] = [len(rows) for rows in self.train_dataset.sources]
+        return settings
+
     def _save_checkpoint(self, model, trial) -> None:
         folder = super()._get_output_dir(trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -220,6 +280,8 @@ class ETChatTrainer(Trainer):
             if self.args.should_save:
                 self.state.save_to_json(os.path.join(aside, name, TRAINER_STATE_NAME))
         if self.args.should_save:
+            if not self.args.save_only_model:
+                write_settings(Path(aside, name), self._settings())
             shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
             os.replace(os.path.join(aside, name), os.path.join(folder, name))
             os.rmdir(aside)
@@ -278,6 +340,11 @@ class ETChatTrainer(Trainer):
             commit_message=f"Stage of {steps} steps from {public_name(self.base_model)}",
             revision=self.args.hub_revision,
         )
+
+
+def _num_matched(labels: torch.Tensor, match_token_id: int) -> torch.Tensor:
+    """How many samples have a `<vid>` to match."""
+    return (labels[:, 1:] == match_token_id).any(1).sum()
 
 
 def parameter_groups(model, decayed: list[str], args: ETChatTrainingArguments) -> list[dict]:

@@ -73,6 +73,30 @@ def test_two_processes_change_nothing_and_survive_batches_without_a_clip(start, 
     assert (losses(history) - losses(whole.state.log_history)).abs().max() < 1e-5
 
 
+def eval_losses(metrics: dict) -> torch.Tensor:
+    return torch.tensor([metrics[f"eval_{name}"] for name in ("loss", "lm_loss", "match_loss")])
+
+
+def test_evaluation_is_the_same_however_it_is_split(start, toy_data, mixed_rows, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(json.loads(mixed_rows.read_text())[3:10:2] + json.loads(mixed_rows.read_text())[9:18]))
+    splits = {
+        size: build_trainer(start, toy_data, tmp_path / "out", rows=rows, per_device_eval_batch_size=size).evaluate()
+        for size in (1, 5, 13)
+    }
+    whole = eval_losses(splits[13])
+    assert whole[2] > 0 and torch.allclose(whole[0], whole[1] + whole[2])
+    assert all((eval_losses(split) - whole).abs().max() < 1e-5 for split in splits.values())
+    trainer = build_trainer(start, toy_data, tmp_path / "out", rows=rows)
+    targets = [torch.tensor(trainer.train_dataset[i].get("vid_times", [])).numel() > 0 for i in range(13)]
+    assert 0 < sum(targets) < 13
+    options = {"eval_annotations": rows, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
+    run(start, toy_data, tmp_path / "two", processes=2, rows=rows, max_steps=1, learning_rate=0, **options)
+    history = json.loads((tmp_path / "two" / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+    (metrics,) = (entry for entry in history if "eval_loss" in entry)
+    assert (eval_losses(metrics) - whole).abs().max() < 1e-5
+
+
 def test_a_global_batch_that_does_not_divide_is_refused(start, toy_data, tmp_path):
     with pytest.raises(ValueError, match="global_batch_size 6 is no multiple of 1 processes x .* 4"):
         build_trainer(start, toy_data, tmp_path, global_batch_size=6)

@@ -1,6 +1,7 @@
 """`examples/train.py`: what users can get wrong ends in one line that says where, before or during training."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -75,6 +76,8 @@ def test_numbers_and_single_values_as_yaml_reads_them(train, tmp_path, toy_data)
     ({"global_batch_size": 6}, "global_batch_size 6 is no multiple of 1 processes x per_device_train_batch_size 4"),
     ({"accelerator_config": '{"split_batches": true}'}, "would deal rows out twice or lose their place"),
     ({"ignore_data_skip": True}, "would deal rows out twice or lose their place"),
+    ({"average_tokens_across_devices": False}, "would change one part of the loss and not the other"),
+    ({"label_smoothing_factor": 0.1}, "would change one part of the loss and not the other"),
     ({"global_batch_size": 0}, "global_batch_size is 0; it must be at least 1."),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0"),
     ({"lora_learning_rate": -1, "lora_targets": "linear"}, "lora_learning_rate is -1.0"),
@@ -140,3 +143,38 @@ def test_skipped_samples_are_of_this_run_and_those_it_goes_on_from(train, tmp_pa
     log.write_text(json.dumps({"sample": "a row", "id": 0, "reason": "before the stop"}) + "\n")
     assert train(max_steps=2, resume_from_checkpoint="last") is None
     assert "1 x before the stop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"data_seed": 7}, "seed of the order 1, not 7"),
+    ({"per_device_train_batch_size": 2}, "samples per step 4, not 2"),
+    ({"tuning_mode": "attention"}, "tuning_mode projector, not attention"),
+    ({"lora_r": 3}, "'r': 2, 'alpha': 256}, not {'targets'"),
+    ({"lora_targets": "linear"}, "self_attn.*mlp"),
+    ({"annotations": "fewer.json"}, r"rows \[\d+\], not \[9\]"),
+])  # fmt: skip
+def test_a_run_goes_on_as_it_began_or_not_at_all(train, tmp_path, toy_data, changes, message):
+    lora = {"lora_targets": "attention", "lora_r": 2}
+    assert train(max_steps=1, **lora) is None
+    (tmp_path / "fewer.json").write_text(json.dumps(json.loads((toy_data / "stage3.json").read_text())[:9]))
+    found = train(max_steps=2, resume_from_checkpoint="last", **lora | changes)
+    assert found.startswith("train.py: error: ") and "checkpoint-1: was trained with" in found
+    assert re.search(message, found), found
+    assert train(max_steps=2, resume_from_checkpoint="last", **lora) is None
+
+
+def test_a_run_does_not_go_on_from_a_model_alone(train):
+    assert train(max_steps=1, save_only_model=True) is None
+    found = train(max_steps=2, resume_from_checkpoint="last")
+    assert "checkpoint-1: holds a model only (save_only_model)" in found
+
+
+def test_skipped_samples_of_evaluation_are_told_of(train, tmp_path, toy_data, capsys):
+    rows = json.loads((toy_data / "stage3.json").read_text())[:3]
+    rows[1]["video"] = "gone.mp4"
+    (tmp_path / "eval.json").write_text(json.dumps(rows))
+    options = {"max_steps": 1, "eval_annotations": "eval.json", "eval_strategy": "steps", "max_failure_rate": 1}
+    assert train(**options) is None
+    assert "evaluation: 3 samples read, 1 skipped" in capsys.readouterr().out
+    (line,) = (tmp_path / "out" / "skipped_eval_samples.jsonl").read_text().splitlines()
+    assert "gone.mp4: no such file" in json.loads(line)["reason"]

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from etchat_hf import ETChatConfig, ETChatForConditionalGeneration
 from etchat_hf.cli import app
+from etchat_hf.toy import bundled_checkpoint
 from etchat_hf.verification import write_clip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,11 +108,31 @@ def test_the_scoring_example_runs():
     assert run.stdout == "{'TVG': 1.0} 0.94444\n", run.stderr
 
 
-def test_the_quantised_example_runs(workplace):
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig"])
+def test_the_quantised_examples_run(kind, workplace):
+    """With a converted checkpoint and the toy, both narrower than the published model: in the toy's group."""
     pytest.importorskip("torchao")
-    (example,) = [block for block in blocks("python") if "torchao" in block]
-    run = subprocess.run([sys.executable, "-c", example], cwd=workplace, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    (example,) = [block for block in blocks("python") if f"import {kind}" in block]
+    example = example.replace("PerGroup(32)", "PerGroup(16)") + QUANTISED_WEIGHT
+    for code in (example, "import etchat_hf\n" + example.replace("etchat-phi3", str(bundled_checkpoint()))):
+        run = subprocess.run([sys.executable, "-c", code], cwd=workplace, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+
+
+QUANTISED_WEIGHT = """
+weight = model.model.language_model.layers[0].mlp.down_proj.weight.data
+assert type(weight).__module__.startswith("torchao."), type(weight)
+"""
+
+
+def test_the_groups_of_the_quantised_example_divide_the_widths():
+    assert "as 32 does in the published model and 16 in the toy" in " ".join(README.split())
+    for config, group in ((ETChatConfig(), 32), (ETChatConfig.from_pretrained(bundled_checkpoint()), 16)):
+        with torch.device("meta"):
+            model = ETChatForConditionalGeneration(config)
+        linear = {name: m.in_features for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        assert not {name for name, width in linear.items() if width % group}
+    assert any(width % 32 for width in linear.values())  # or one group would do for both
 
 
 def test_the_quickstart_runs():

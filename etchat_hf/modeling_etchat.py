@@ -23,12 +23,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.masking_utils import create_masks_for_generate, or_masks
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.instructblip.modeling_instructblip import InstructBlipQFormerMultiHeadAttention
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import maybe_autocast
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_etchat import ETChatConfig
 from .generation_etchat import ETChatGenerationMixin
+
+logger = logging.get_logger(__name__)
 
 LAYER_NORM_EPS = 1e-5
 # Frames that are encoded at once: enough to fill a GPU, few enough to bound the activations. On a CPU so few that they
@@ -388,14 +390,22 @@ class ETChatPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         for name in ("adapter_kwargs", "revision", "_commit_hash"):  # they speak of the folder
             kwargs.pop(name, None)
-        model, info = super().from_pretrained(
-            base, *model_args, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-        )
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # else what the adapter fills is reported as missing
+        try:
+            model, info = super().from_pretrained(
+                base, *model_args, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+        finally:
+            logging.set_verbosity(verbosity)
         model.load_adapter(str(folder))
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as adapter:
             filled = {key.removeprefix("base_model.model.") for key in adapter.keys()}
         info["missing_keys"] = [key for key in info["missing_keys"] if key not in filled]
         info["mismatched_keys"] = [entry for entry in info["mismatched_keys"] if entry[0] not in filled]
+        if info["missing_keys"] or info["mismatched_keys"]:
+            missing = [*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])]
+            logger.warning("%s: neither it nor %s holds %s, which start fresh", folder, base, ", ".join(missing))
         return (model.eval(), info) if wants_info else model.eval()
 
 

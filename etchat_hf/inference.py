@@ -1,6 +1,7 @@
 """One video, one question, one answer with seconds: what `etchat ask` does, for Python."""
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -223,7 +224,7 @@ def ask_windows(
         tokenize=True,
         return_dict=True,
     )
-    outputs = _generate(model, inputs, max_new_tokens)
+    outputs = _generate(model, inputs, max_new_tokens, "lower --window or --fps")
     first = [clip.frame_indices.index(part.frame_indices[0]) for _, part in parts]
     outputs.matches = [
         [replace(match, seconds=clip.frame_times[at + match.frame]) for match in matches]
@@ -266,12 +267,22 @@ class Chat:
     """
     A conversation about one clip, whose frames are encoded once.
 
+    It goes on for as long as one turn fits the model's context: where a question and an answer of `max_new_tokens`, but
+    at most 256 or a quarter of the context, would not fit behind all others, the oldest turns are left out for good,
+    with a warning.
+
     Args:
         model, processor: see [`load`].
         video: see [`ask`].
         fps, max_frames: see [`ask`].
         reinsert_clip (`bool`, *optional*, defaults to `True`): whether every turn shows the clip again, compressed for
-            its own question, as the model was trained; else later turns keep the frames as they are.
+            its own question, as the model was trained; else later turns keep the frames as they are, compressed for
+            the oldest question that is not left out.
+
+    Attributes:
+        messages (`list` of `dict`): the conversation that the next turn will follow, with its clip.
+        times (`list` of `float`): seconds of each `<vid>` in it, in order.
+        left_out (`int`): how many turns have been left out.
     """
 
     def __init__(self, model, processor, video, fps=None, max_frames=None, reinsert_clip: bool = True):
@@ -280,27 +291,51 @@ class Chat:
             max_frames = frame_budget(model, processor)
         self.clip = _encoded(model, processor, video, fps, max_frames)
         self.fps = fps
-        self.messages, self.times = [], []
+        self.messages, self.times, self.left_out = [], [], 0
 
     def ask(self, question: str, src: list[float] | None = None, max_new_tokens: int = 2048) -> dict:
         """One turn: arguments, result and errors as [`ask`]'s. One that raises leaves the conversation as it was."""
         if src and not self.model.config.use_matching:
             raise ValueError("src gives times, but this model was trained without <vid> matching.")
-        messages = [*self.messages, _user(question, None if self.messages else self.clip)]
-        times = [*self.times, *(src or [])]
-        inputs = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            src=times,
-            reinsert_clips=self.reinsert_clip,
-        )
-        (answer,) = self.processor.post_process(_generate(self.model, inputs, max_new_tokens))
+        asked = [*self.messages, _user(question, None if self.messages else self.clip)]
+        messages, times, inputs = self._newest_that_fit(asked, [*self.times, *(src or [])], max_new_tokens)
+        outputs = _generate(self.model, inputs, max_new_tokens, "lower --fps, set --max-frames")
+        (answer,) = self.processor.post_process(outputs)
         answer = {"answer": answer.pop("text"), **answer}
+        left_out = self.left_out + (len(asked) - len(messages)) // 2
+        if left_out > self.left_out:
+            self._warn_of_turns(self.left_out + 1, left_out)
         self.messages = [*messages, {"role": "assistant", "content": answer.pop("raw_text")}]
         self.times = [*times, *answer["timestamps"]]
+        self.left_out = left_out
         return answer | _sampling(self.clip, self.fps, self.processor)
+
+    def _newest_that_fit(self, messages: list[dict], times: list[float], max_new_tokens: int):
+        """The messages, without the oldest turns where need be, the times of their `<vid>`, and their prompt."""
+        limit = _context(self.model)
+        room = limit - min(max_new_tokens, (limit - frames_that_fit(limit)) // 2)
+        inputs = self._prompt(messages, times)
+        while inputs["input_ids"].shape[1] > room and len(messages) > 1:
+            times = times[sum(_text(message).count(VID_TOKEN) for message in messages[:2]) :]
+            messages = [_user(_text(messages[2]), self.clip), *messages[3:]]
+            inputs = self._prompt(messages, times)
+        return messages, times, inputs
+
+    def _prompt(self, messages: list[dict], times: list[float]):
+        with _quiet():
+            return self.processor.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                src=times,
+                reinsert_clips=self.reinsert_clip,
+            )
+
+    def _warn_of_turns(self, first: int, last: int) -> None:
+        turns = f"turn {first} of it is" if first == last else f"turns {first} to {last} of it are"
+        text = f"The conversation no longer fits the {_context(self.model)} tokens that the model reads"
+        warnings.warn(f"{text}: {turns} left out from now on", stacklevel=3)
 
 
 def frames_that_fit(context: int) -> int:
@@ -310,8 +345,12 @@ def frames_that_fit(context: int) -> int:
 
 def frame_budget(model, processor) -> int:
     """How many frames a clip has at most by default: what the processor says, and what fits the model's context."""
-    room = frames_that_fit(model.config.text_config.max_position_embeddings)
+    room = frames_that_fit(_context(model))
     return min(room, processor.video_processor.max_frames or room)
+
+
+def _context(model) -> int:
+    return model.config.text_config.max_position_embeddings
 
 
 def _encoded(model, processor, video, fps: float | None, max_frames: int | None) -> EncodedClip:
@@ -325,13 +364,21 @@ def _user(question: str, clip: EncodedClip | None) -> dict:
     return {"role": "user", "content": [*shown, {"type": "text", "text": question}]}
 
 
-def _generate(model, inputs, max_new_tokens: int):
-    prompt_length, limit = inputs["input_ids"].shape[1], model.config.text_config.max_position_embeddings
+def _text(message: dict) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def _generate(model, inputs, max_new_tokens: int, fewer_frames: str):
+    """Answers; ValueError, which names the way to `fewer_frames`, if a prompt leaves no room for a token of them."""
+    prompt_length, limit = inputs["input_ids"].shape[1], _context(model)
     if prompt_length >= limit:
-        frames = sum(map(len, inputs["frame_times"]))
+        frames = int((inputs["input_ids"] == model.config.image_token_id).sum(dim=1).max())
+        too_long = "the question is too long; shorten it"
+        advice = too_long if prompt_length - frames >= limit else f"{fewer_frames}, or shorten the question"
         raise ValueError(
             f"The prompt takes {prompt_length} tokens, {frames} of them frames; the model reads at most {limit}: "
-            "lower --fps or set --max-frames or --window."
+            f"{advice}."
         )
     return model.generate(
         **inputs.to(model.device),
@@ -353,7 +400,10 @@ def _sampling(clip: EncodedClip, fps: float | None, processor) -> dict:
 
 
 class _quiet:
-    """Silences transformers' loading report: `check_complete` raises where that one only warns."""
+    """
+    Silences transformers' loading report, as `check_complete` raises where that one only warns; and its remark on long
+    prompts, which are shortened or refused before the model sees them.
+    """
 
     def __enter__(self):
         self.level = logging.get_verbosity()

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import etchat_hf
 from etchat_hf.cli import main
+from etchat_hf.verification import write_clip
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -166,6 +167,22 @@ def test_ask_several_questions_of_a_clip_encoded_once(capsys, converted, eager_v
     assert code == 0 and [len(json.loads(line)["windows"]) for line in out.splitlines()] == [2, 2]
     code, out, err = run(capsys, "ask", clip, "When?", "And after <vid>?", *options, "--src", "3", "--src", "4")
     assert (code, out) == (2, "") and "hold 1 <vid>, but src gives 2 times" in err
+
+
+def test_a_conversation_goes_on_beyond_the_context_and_says_what_it_leaves_out(tmp_path):
+    write_clip(tmp_path / "dense.mp4", fps=25, size=64)
+    command = [sys.executable, "-m", "etchat_hf.cli", "ask", str(tmp_path / "dense.mp4"), "--interactive"]
+    command += ["--fps", "25", "--max-new-tokens", "4", "--json"]
+    questions = ["When?", "When?", "word " * 600, "When?"]
+    result = subprocess.run(command, input="\n".join(questions), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["num_frames"] for answer in answers] == [256] * 3
+    assert answers[1] == answers[2] == answers[0]  # each had the context for itself
+    told = [line for line in result.stderr.splitlines() if "left out" in line or "error" in line]
+    assert len(told) == 3 and "turn 1 of it is" in told[0] and "turn 2 of it is" in told[2]
+    assert told[1].startswith("etchat: error: ") and "the question is too long" in told[1]
+    assert "indexing errors" not in result.stderr
 
 
 def test_ask_and_infer_share_a_cache(capsys, eager_vid, clip, tmp_path, monkeypatch):

@@ -1,10 +1,16 @@
 """One encoding for many questions: chats, windows, encoded clips."""
 
+import copy
+import re
+import warnings
+
 import pytest
 import torch
 
 from etchat_hf import inference
-from etchat_hf.inference import Chat, ask, ask_windows, load, merge_spans
+from etchat_hf.inference import Chat, ask, ask_windows, frame_budget, load, merge_spans
+from etchat_hf.toy import bundled_checkpoint
+from etchat_hf.verification import write_clip
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +74,107 @@ def test_a_turn_that_fails_leaves_the_chat_as_it_was(loaded, clip):
     with pytest.raises(ValueError, match="<vid>"):
         chat.ask("After <vid>?")
     assert chat.messages == before
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return load(bundled_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def dense_clip(tmp_path_factory):
+    """12 s at 25 fps: 300 frames, more than the toy's context has room for."""
+    path = tmp_path_factory.mktemp("dense") / "clip.mp4"
+    write_clip(path, fps=25, size=64)
+    return path
+
+
+QUESTIONS = [
+    ("When does the red square appear?", []),
+    ("What happens at <vid>?", [5.0]),
+    ("When is it there? " + "word " * 60, []),
+    ("What happens between <vid> and <vid>?", [2.0, 6.0]),
+    ("And after <vid>?", [7.0]),
+]
+
+
+def prompt_of(processor, clip, turns: list, reinsert_clips: bool):
+    """Of a conversation that has had only these turns (question, its times, answer or None, its times)."""
+    messages, times = [], []
+    for question, src, answer, answered in turns:
+        shown = [] if messages else [{"type": "video", "video": clip}]
+        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+        messages += [{"role": "assistant", "content": answer}] if answer is not None else []
+        times += [*src, *answered]
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    return processor.apply_chat_template(messages, src=times, reinsert_clips=reinsert_clips, **options)
+
+
+def turns_warned_of(caught: list) -> list[str]:
+    return re.findall(r"reads: turns? ([\d to]+) of it", " ".join(str(warning.message) for warning in caught))
+
+
+@pytest.mark.parametrize(("fps", "reinsert_clip"), [(8, True), (25, True), (8, False), (25, False)])
+def test_a_long_chat_answers_as_one_that_had_its_last_turns_only(toy, dense_clip, fps, reinsert_clip, monkeypatch):
+    model, processor = toy
+    clip = processor.encode(dense_clip, model, fps=fps, max_frames=frame_budget(model, processor))
+    monkeypatch.setattr(type(model.model.vision_tower), "forward", None)  # nothing is encoded again
+    chat, turns, out = Chat(model, processor, clip, reinsert_clip=reinsert_clip), [], 0
+    for question, src in QUESTIONS * 2:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            answer = chat.ask(question, src, max_new_tokens=8)
+        asked, before = (question, src, None, []), out
+        while (
+            len((inputs := prompt_of(processor, clip, [*turns[out:], asked], reinsert_clip))["input_ids"][0]) > 512 - 8
+        ):
+            out += 1
+        outputs = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        (expected,) = processor.post_process(outputs)
+        turns.append((question, src, expected.pop("raw_text"), expected["timestamps"]))
+        assert expected.pop("text") == answer["answer"] and expected.items() <= answer.items()
+        assert chat.left_out == out and len(chat.messages) == 2 * (len(turns) - out)
+        assert chat.times == [time for turn in turns[out:] for time in (*turn[1], *turn[3])]
+        new = {0: [], 1: [f"{out}"]}.get(out - before, [f"{before + 1} to {out}"])
+        assert turns_warned_of(caught) == new
+    assert out > 0
+
+
+def test_a_question_that_does_not_fit_alone_leaves_the_chat_as_it_was(toy, dense_clip):
+    chat = Chat(*toy, dense_clip, fps=20)
+    chat.ask("What happens at <vid>?", [5.0], max_new_tokens=4)
+    before = list(chat.messages), list(chat.times)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no turn is left out
+        with pytest.raises(ValueError, match="240 of them frames; .* 512: lower --fps, set --max-frames, or sh"):
+            chat.ask("word " * 140)
+        with pytest.raises(ValueError, match="240 of them frames; .* the question is too long; shorten it") as refusal:
+            chat.ask("word " * 600)
+    assert "--window" not in str(refusal.value)
+    assert (chat.messages, chat.times, chat.left_out) == (*before, 0)
+    with pytest.warns(UserWarning, match="turn 1 of it is left out"):
+        chat.ask("And then?", max_new_tokens=4)
+
+
+@pytest.mark.filterwarnings("ignore:The conversation no longer fits")
+def test_turns_make_room_for_an_answer(toy, dense_clip):
+    """Else the answers of a long conversation would end wherever the context does."""
+    chat, turns = Chat(*toy, dense_clip, fps=8), []
+    for _ in range(3):
+        answer = chat.ask("What is there?", max_new_tokens=4)
+        turns.append(("What is there?", [], chat.messages[-1]["content"], answer["timestamps"]))
+    inputs = prompt_of(chat.processor, chat.clip, [*turns, ("What is there?", [], None, [])], True)
+    free = 512 - inputs["input_ids"].shape[1]
+    assert 0 < free < 128
+    for max_new_tokens, left_out in ((free, 0), (free + 1, 1), (2048, 1)):
+        same = copy.copy(chat)
+        same.ask("What is there?", max_new_tokens=max_new_tokens)
+        assert (same.left_out, chat.left_out) == (left_out, 0)
+
+
+def test_a_window_that_does_not_fit_tells_what_its_frames_take(toy, dense_clip):
+    with pytest.raises(ValueError, match="250 of them frames; the model reads at most 512: lower --window or --fps"):
+        ask_windows(*toy, dense_clip, "word " * 140, window=10.0, fps=25)
 
 
 def test_windows_answer_with_the_times_of_the_whole(timely, clip):

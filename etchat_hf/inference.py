@@ -267,9 +267,9 @@ class Chat:
     """
     A conversation about one clip, whose frames are encoded once.
 
-    It goes on for as long as one turn fits the model's context: where a question and an answer of `max_new_tokens`, but
-    at most 256 or a quarter of the context, would not fit behind all others, the oldest turns are left out for good,
-    with a warning.
+    It goes on for as long as one turn fits the model's context: where a question and an answer of `max_new_tokens`,
+    but at most 256 or a quarter of the context, would not fit behind all others, the oldest turns are left out for
+    good, with a warning.
 
     Args:
         model, processor: see [`load`].

@@ -58,9 +58,8 @@ def test_a_stage_is_pushed_and_is_gone_on_from_with_data_of_the_hub(hub, start, 
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     videos = {f"videos/{name}": content for name, content in content_of(toy_data / "videos").items()}
     pack(str(toy_data / "unseen.json"), str(toy_data / "videos"), tmp_path / "packed")
-    (packed,) = content_of(tmp_path / "packed").values()
     hub.repos[f"datasets/{DATA}"] = {"train.jsonl": lines} | videos
-    hub.repos["datasets/someone/packed"] = {"data/shard.parquet": packed}
+    hub.repos["datasets/someone/packed"] = content_of(tmp_path / "packed")
     options = {"video_root": f"hf://datasets/{DATA}/videos", "eval_annotations": "someone/packed"}
     options |= {"max_steps": 1, "eval_strategy": "steps"}
     run(MODEL, toy_data, tmp_path / "two", rows=DATA, **lora, **options)

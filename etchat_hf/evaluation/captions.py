@@ -55,6 +55,8 @@ def cider(pairs: Sequence[Pair]) -> list[float]:
     _require("pycocoevalcap", "pycocoevalcap")
     from pycocoevalcap.cider.cider import Cider
 
+    if not pairs:
+        return []
     if len({reference for _, reference in pairs}) < 2:
         raise MetricAbsentError("needs at least two different references among the matched captions")
     captions = {i: [" ".join(_words(caption))] for i, (caption, _) in enumerate(pairs)}

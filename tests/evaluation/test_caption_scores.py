@@ -49,6 +49,16 @@ def test_cider_of_one_reference_is_absent_not_zero():
     assert "two different references" in absent["CIDEr"]
 
 
+def test_cider_of_no_match_is_zero_as_rouge_is():
+    pytest.importorskip("pycocoevalcap")
+    rows = make_rows()
+    for row in rows:
+        row["a"] = "80 - 90 seconds, noise."
+    result = evaluate_etbench(rows, "jaccard")
+    assert (result["by_source"]["dvc"]["s"]["ROUGE_L"], result["by_source"]["dvc"]["s"]["CIDEr"]) == (0, 0)
+    assert "CIDEr" not in result["absent"]["dvc/s"]
+
+
 def test_missing_libraries_are_reported(monkeypatch):
     monkeypatch.setattr(captions, "find_spec", lambda name: None)
     result = evaluate_etbench(make_rows(), "jaccard")

@@ -57,7 +57,8 @@ def write_prompt(
         seed: Samples with it; None for greedy search.
 
     Raises:
-        ValueError: If the row's times do not fit question, video or model, or the video is too long for the model.
+        ValueError: If the row's times do not fit question, video or model, or the question or the video is too long
+            for the model.
     """
     _check_times(request, clip, config.use_matching)
     shown = request.question if IMAGE_TOKEN in request.question else f"{IMAGE_TOKEN}\n{request.question}"
@@ -71,11 +72,7 @@ def write_prompt(
     num_frames, num_placeholders = len(clip.frame_times), text.count(IMAGE_TOKEN)
     text = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * num_frames)
     length, limit = len(processor.tokenizer(text).input_ids), config.text_config.max_position_embeddings
-    if length >= limit:
-        raise ValueError(
-            f"the prompt takes {length} tokens, {num_frames * num_placeholders} of them frames; the model reads at "
-            f"most {limit}: lower --fps or set --max-frames"
-        )
+    _check_length(length, num_frames * num_placeholders, num_placeholders, limit)
     return Prompt(
         text=text,
         questions=questions * num_placeholders,
@@ -84,6 +81,20 @@ def write_prompt(
         max_new_tokens=min(max_new_tokens, limit - length),
         repetition_penalty=request.repetition_penalty,
         seed=seed,
+    )
+
+
+def _check_length(length: int, num_frames: int, num_placeholders: int, limit: int) -> None:
+    if length < limit:
+        return
+    if length - num_frames + num_placeholders >= limit:  # one frame of each clip would still be too much
+        raise ValueError(
+            f"the question is too long: its text takes {length - num_frames} tokens, and the model reads at most "
+            f"{limit}, frames included"
+        )
+    raise ValueError(
+        f"the prompt takes {length} tokens, {num_frames} of them frames; the model reads at most {limit}: lower "
+        "--fps or set --max-frames"
     )
 
 

@@ -19,7 +19,12 @@ from .tables import GROUP_TITLES, PUBLISHED_CHARADES, PUBLISHED_ETBENCH, counts_
 CASES_PER_TASK = 3
 NAMES_PER_PROBLEM = 3
 TEXT_LENGTH = 400
+SPANS_DRAWN = 50
+SPANS_LISTED = 8
 BINS = 10
+# Overlap with an annotated span, of the one span that is scored or, where all are, of the best one.
+FIRST_IOU, BEST_IOU = "IoU", "best IoU"
+BEST_IOU_TASKS = ("tal", "dvc", "slc")
 TICK_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 1800, 3600)
 
 
@@ -44,7 +49,8 @@ class Case:
         name: Video, and where the answer is.
         question, answer: Texts.
         failed: Whether the answer could not be read.
-        measure: Name of `score`; `IoU` is the best overlap of any of its spans with an annotated one.
+        measure: Name of `score`: `FIRST_IOU` where the first span of an answer alone is scored, `BEST_IOU` where all
+            are, of which `score` is that of the one that overlaps best with an annotated one; or `F1`.
         score: In [0, 1].
         target, predicted: Annotated spans and those of the answer, seconds.
         duration: Seconds of the video, if known.
@@ -94,7 +100,8 @@ def etbench_page(scores: Scores, result: dict) -> Page:
 
 def _etbench_case(outcome: Outcome) -> Case:
     row = outcome.sample.row
-    measure, score = "IoU", 0.0 if outcome.iou is None else float(outcome.iou.max())
+    measure = BEST_IOU if row["task"] in BEST_IOU_TASKS else FIRST_IOU
+    score = 0.0 if outcome.iou is None else float(outcome.iou.max())
     if row["task"] in ("evs", "vhd"):
         measure, score = "F1", outcome.values["F1"]
     wrong = "; wrong option" if outcome.values.get("Acc") == 0 else ""
@@ -123,7 +130,7 @@ def charades_page(moments: Sequence[Moment], result: dict) -> Page:
             question=str(moment.row.get("query", "")),
             answer=str(moment.row.get("response", "")),
             failed=moment.predicted is None,
-            measure="IoU",
+            measure=FIRST_IOU,
             score=moment.iou,
             target=[tuple(moment.target)],
             predicted=[tuple(moment.predicted)] if moment.predicted else [],
@@ -164,7 +171,7 @@ def render(page: Page) -> str:
         *_problems(page),
         _scores(page.bars),
     ]
-    if overlapping := [case for case in located if case.measure == "IoU"]:
+    if overlapping := [case for case in located if case.measure in (FIRST_IOU, BEST_IOU)]:
         parts.append(_histogram(overlapping))
     if located:
         parts += _worst_cases(located)
@@ -244,17 +251,27 @@ def _histogram(cases: Sequence[Case]) -> str:
         f'<text x="{i * width:g}%" y="{base + 16}" text-anchor="middle">{i / BINS:g}</text>' for i in range(BINS + 1)
     ]
     drawn.append(f'<text x="50%" y="{base + 34}" text-anchor="middle">IoU</text>')
-    tasks = ", ".join(dict.fromkeys(case.task.split(",")[0] for case in cases))
     return "\n".join(
         [
             "<h2>How well the answers overlap</h2>",
-            f"<p>Answers by IoU: the best overlap of any of their spans with an annotated one, 0 if there is none. "
-            f"{len(cases):,} answers of {escape(tasks)}.</p>",
+            f"<p>Answers by IoU with an annotated span, 0 if they name none or, in GVQ, the wrong option. "
+            f"{escape(_name_spans(cases))}</p>",
             f'<svg class="histogram" height="{base + 40}" role="img" aria-label="histogram of IoU">',
             *drawn,
             "</svg>",
         ]
     )
+
+
+def _name_spans(cases: Sequence[Case]) -> str:
+    """Says which of an answer's spans a histogram shows."""
+    kinds = {FIRST_IOU: "The first span, which alone is scored", BEST_IOU: "The best of all spans"}
+    lines = []
+    for measure, words in kinds.items():
+        if part := [case for case in cases if case.measure == measure]:
+            tasks = dict.fromkeys(case.task.split(",")[0] for case in part)
+            lines.append(f"{words}, of {len(part):,} answers of {', '.join(tasks)}.")
+    return " ".join(lines)
 
 
 def _by_task(cases: Iterable[Case]) -> dict[str, list[Case]]:
@@ -282,7 +299,8 @@ def _worst_case(case: Case) -> str:
         f"<p>{_shorten(case.question)}</p>" if case.question else "",
         f"<blockquote>{_shorten(case.answer)}</blockquote>" if case.answer else "",
         _timeline(case),
-        f'<p class="times">annotated {_list_spans(case.target)}; answered {_list_spans(case.predicted)}</p></article>',
+        f'<p class="times">annotated {_list_spans(case.target)}; answered {_list_spans(case.predicted)}'
+        f"{_count_undrawn(case)}</p></article>",
     ]
     return "\n".join(filter(None, lines))
 
@@ -298,8 +316,9 @@ def _unread(cases: Sequence[Case]) -> list[str]:
 
 
 def _timeline(case: Case) -> str:
-    """Annotated spans above answered ones, on one axis in seconds."""
-    times = [time for span in [*case.target, *case.predicted] for time in span]
+    """Annotated spans above answered ones, on one axis in seconds; the first `SPANS_DRAWN` of each."""
+    target, predicted = case.target[:SPANS_DRAWN], case.predicted[:SPANS_DRAWN]
+    times = [time for span in [*target, *predicted] for time in span]
     end = max([*times, case.duration or 0]) or 1
 
     def place(time: float) -> float:
@@ -308,7 +327,7 @@ def _timeline(case: Case) -> str:
     drawn = []
     if case.duration:
         drawn.append(f'<rect class="track" width="{place(case.duration):.2f}%" y="0" height="36"/>')
-    for kind, spans, y in (("target", case.target, 2), ("predicted", case.predicted, 20)):
+    for kind, spans, y in (("target", target, 2), ("predicted", predicted, 20)):
         for start, stop in map(sorted, spans):
             title = f"{kind} {start:g} - {stop:g} s"
             width = max(place(stop) - place(start), 0.4)  # a moment is to be seen too
@@ -324,9 +343,14 @@ def _timeline(case: Case) -> str:
     return f'<svg class="timeline" height="54" role="img" aria-label="timeline">{"".join(drawn)}</svg>'
 
 
+def _count_undrawn(case: Case) -> str:
+    number = sum(max(len(spans) - SPANS_DRAWN, 0) for spans in (case.target, case.predicted))
+    return f"; {number:,} of them are not drawn" if number else ""
+
+
 def _list_spans(spans: Sequence[Span]) -> str:
-    shown = ", ".join(map(_show_span, spans[:8]))
-    more = f" and {len(spans) - 8} more" if len(spans) > 8 else ""
+    shown = ", ".join(map(_show_span, spans[:SPANS_LISTED]))
+    more = f" and {len(spans) - SPANS_LISTED:,} more" if len(spans) > SPANS_LISTED else ""
     return f"{shown} s{more}" if spans else "nothing"
 
 

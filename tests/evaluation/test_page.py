@@ -105,6 +105,26 @@ def test_a_span_in_a_list_of_its_own_is_drawn(tmp_path):
     assert page.count("svg", **{"class": "timeline"}) == 1
 
 
+def test_a_huge_answer_makes_no_huge_page(tmp_path):
+    row = {"task": "tal", "source": "s", "idx": 0, "video": "v", "tgt": [[0, 5]], "a": "1 - 2 " * 20_000}
+    path, page = write_page("etbench", [row], tmp_path)
+    assert path.stat().st_size < 50_000
+    assert page.count("rect", **{"class": "predicted", "height": "14"}) == 50
+    assert any("and 19,992 more; 19,950 of them are not drawn" in text for text in page.texts)
+
+
+def test_the_histogram_says_which_span_counts(tmp_path):
+    annotation = {"source": "s", "video": "v", "o": ["x", "y"], "p": 0, "g": ["x"], "a": "A) 50 - 60, 0 - 10 x"}
+    tasks = {"tvg": [0, 10], "gvq": [0, 10], "tal": [[0, 10]], "dvc": [[0, 10]]}
+    rows = [{**annotation, "task": task, "idx": i, "tgt": tgt} for i, (task, tgt) in enumerate(tasks.items())]
+    _, page = write_page("etbench", rows, tmp_path)
+    (text,) = [text for text in page.texts if text.startswith("Answers by IoU")]
+    assert "The first span, which alone is scored, of 2 answers of TVG, GVQ. " in text
+    assert "The best of all spans, of 2 answers of TAL, DVC." in text
+    bins = [text for text in page.texts if " answers of IoU " in text]
+    assert bins[0].startswith("2 answers") and bins[-1].startswith("2 answers")
+
+
 def test_a_page_of_nothing_but_failures(tmp_path):
     row = {"vid": "V", "query": "q", "span": [0, 1], "pred": None, "response": ""}
     _, page = write_page("charades", [row], tmp_path)

@@ -7,7 +7,6 @@ All times are seconds.
 
 import math
 import re
-import sys
 from collections.abc import Sequence
 from numbers import Real
 
@@ -125,7 +124,12 @@ def read_letter(text: str, anywhere: bool = True) -> int | None:
 
 def is_number(value: object) -> bool:
     """Whether a JSON value is a number that a float can hold (a truth value is none)."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def flatten_spans(value: object, depth: int = 3) -> list[Span]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from .answers import flatten_spans, is_number
 from .metrics import mean, pairwise_iou
-from .predictions import Problems, check_rows, default_names, note_doubles, require
+from .predictions import AnnotationError, Problems, check_rows, default_names, note_doubles, require, score_each
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 
@@ -29,14 +29,14 @@ def _read_prediction(row: dict, name: str, problems: Problems) -> list[float] | 
     return list(prediction) if len(prediction) == 2 else None
 
 
-def _read_target(row: dict, name: str) -> list[float]:
-    value = require(row, name, "span", list)
+def _read_target(row: dict) -> list[float]:
+    value = require(row, "span", list)
     try:
         spans = flatten_spans(value)
     except ValueError as error:
-        raise ValueError(f"{name}: field 'span' is {value!r:.100}: {error}") from error
+        raise AnnotationError(f"field 'span' is {value!r:.100}: {error}") from error
     if len(spans) != 1:
-        raise ValueError(f"{name}: field 'span' should be one span, got {value!r:.100}")
+        raise AnnotationError(f"field 'span' should be one span, got {value!r:.100}")
     return list(spans[0])
 
 
@@ -57,13 +57,14 @@ def score_charades(rows: Sequence[dict], names: Sequence[str] | None = None) -> 
     check_rows(rows, names)
     problems = Problems()
     note_doubles(rows, names, ("vid", "query", "span"), problems)
-    moments = []
-    for row, name in zip(rows, names, strict=True):
-        target, predicted = _read_target(row, name), _read_prediction(row, name, problems)
+
+    def score(row: dict, name: str) -> Moment:
+        target, predicted = _read_target(row), _read_prediction(row, name, problems)
         # float32 decides ties with a threshold, as in the published figures: 7 / 10 falls just below 0.7.
         iou = float(pairwise_iou([predicted], [target], np.float32)[0, 0]) if predicted else 0.0
-        moments.append(Moment(row, name, target, predicted, iou))
-    return moments, problems
+        return Moment(row, name, target, predicted, iou)
+
+    return score_each(rows, names, score, problems), problems
 
 
 def summarize_charades(moments: Sequence[Moment], problems: Problems) -> dict:
@@ -91,9 +92,10 @@ def evaluate_charades(rows: Sequence[dict], names: Sequence[str] | None = None) 
         names: How to name each row in messages; by default its position.
 
     Returns:
-        `R1@0.3`, `R1@0.5`, `R1@0.7` and `mIoU` in [0, 1]; `failed`, `total`; `problems` `{kind: [rows]}`.
+        `R1@0.3`, `R1@0.5`, `R1@0.7` and `mIoU` in [0, 1]; `failed`, `total`; `problems` `{kind: [rows]}`, of which
+        those of the kind "broken annotation" are named with field and value, and not scored.
 
     Raises:
-        ValueError: If there is nothing to score or an annotation is broken, naming row, field and value.
+        ValueError: If there is nothing to score, naming the first row's problem.
     """
     return summarize_charades(*score_charades(rows, names))

@@ -8,13 +8,23 @@ answer added as `a`; all times are seconds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 
 from .captions import score_captions
 from .etbench_tasks import TASKS, Outcome, Sample, is_match, per_threshold
 from .metrics import THRESHOLDS, f1, mean
-from .predictions import Problems, check_rows, default_names, get_answer, note_doubles, require
+from .predictions import (
+    AnnotationError,
+    Problems,
+    check_rows,
+    default_names,
+    get_answer,
+    note_doubles,
+    require,
+    score_each,
+)
 from .similarity import Similarity, get_similarity
 
 CAPTION_TASKS = ("dvc", "slc")
@@ -26,6 +36,12 @@ GROUPS = {
     "sim_cap": ("DVC_Sim", "SLC_Sim"),
     "rec_com": ("TEM", "GVQ"),
 }
+
+
+class UnknownTaskError(AnnotationError):
+    """A row is of none of the benchmark's tasks."""
+
+    kind = "unknown task"
 
 
 @dataclass
@@ -55,9 +71,11 @@ def read_subset(entries: Sequence[int | dict], name: str = "subset") -> dict[int
     wanted: dict[int | tuple[str, int], dict] = {}
     for i, entry in enumerate(entries):
         if isinstance(entry, dict):
-            label = f"{name} entry {i}"
-            wanted[require(entry, label, "task", str), require(entry, label, "idx", int)] = entry
-        elif isinstance(entry, int) and not isinstance(entry, bool):
+            try:
+                wanted[require(entry, "task", str), require(entry, "idx", int)] = entry
+            except AnnotationError as error:
+                raise ValueError(f"{name} entry {i}: {error}") from error
+        elif isinstance(entry, Integral) and not isinstance(entry, bool):
             wanted[entry] = {}
         else:
             raise ValueError(f"{name} entry {i}: expected an idx or an annotation, got {entry!r:.60}")
@@ -69,9 +87,12 @@ def _restrict(
 ) -> tuple[list[dict], list[str]]:
     """Keeps the rows of a subset; its annotations without a prediction are added, as unanswered."""
     kept, strangers, found = [], [], set()
-    for row, name in zip(rows, names, strict=True):
-        task, idx = require(row, name, "task", str), require(row, name, "idx", int)
-        keys = [key for key in ((task, idx), idx) if key in wanted]
+
+    def find(row: dict, name: str) -> tuple[dict, str, list]:
+        task, idx = require(row, "task", str), require(row, "idx", int)
+        return row, name, [key for key in ((task, idx), idx) if key in wanted]
+
+    for row, name, keys in score_each(rows, names, find, problems):
         if keys:
             found.update(keys)
             kept.append((row, name))
@@ -88,8 +109,12 @@ def _restrict(
 
 
 def _differences(row: dict, annotation: dict) -> list[str]:
-    differing = [key for key in annotation if key != "a" and row.get(key) != annotation[key]]
+    differing = [key for key in annotation if key != "a" and _listed(row.get(key)) != _listed(annotation[key])]
     return [f"{key} is {row.get(key)!r:.60}, not {annotation[key]!r:.60}" for key in differing]
+
+
+def _listed(value: object) -> object:
+    return [_listed(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def score_etbench(
@@ -107,19 +132,18 @@ def score_etbench(
         rows, names = _restrict(rows, names, read_subset(subset), problems)
         if not rows:
             raise ValueError(f"the subset holds the idx of none of the {number} predictions")
-    note_doubles(rows, names, ("task", "source", "idx", "video"), problems)
-    compare, outcomes = get_similarity(similarity), []
-    for row, name in zip(rows, names, strict=True):
-        task = require(row, name, "task", str)
+    note_doubles(rows, names, ("task", "source", "idx", "video", "q"), problems)
+    compare = get_similarity(similarity)
+
+    def score(row: dict, name: str) -> Outcome:
+        task = require(row, "task", str)
         if task not in TASKS:
-            problems.note("unknown task", f"{name}: {task!r:.60}")
-            continue
+            raise UnknownTaskError(f"{task!r:.60}")
         for key in ("source", "video"):
-            require(row, name, key, str)
-        outcomes.append(TASKS[task].score(Sample(row, get_answer(row, name, problems), name, compare)))
-    if not outcomes:
-        raise ValueError(f"none of the {len(rows)} rows is of an E.T. Bench task ({', '.join(TASKS)})")
-    return Scores(outcomes, problems, compare)
+            require(row, key, str)
+        return TASKS[task].score(Sample(row, get_answer(row, name, problems), name, compare))
+
+    return Scores(score_each(rows, names, score, problems), problems, compare)
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
@@ -225,7 +249,7 @@ def evaluate_etbench(
     """Computes the E.T. Bench metrics (Liu et al., NeurIPS 2024).
 
     Args:
-        rows: Annotations with the model's answer added as `a`; times in seconds.
+        rows: Annotations with the model's answer added as `a`; times in seconds, in lists or tuples.
         similarity: What decides which option an answer without a letter means: `"sentence-transformers"` (public
             all-MiniLM-L6-v2, loaded only when needed), `"jaccard"` (overlap of words, needs nothing installed), or a
             function `(text, options) -> scores`.
@@ -239,10 +263,11 @@ def evaluate_etbench(
         - `overall`: per task the mean over its sources
         - `merged`: the leaderboard's groups, each only if all its tasks are there
         - `absent`: `{"task/source": {caption metric: why it could not be computed}}`
-        - `problems`: `{kind: [rows]}`, rows of unknown task (not scored), doubled (counted each), unanswered, ..
+        - `problems`: `{kind: [rows]}`, rows of unknown task or with a broken annotation, named with field and value
+          (not scored); doubled (counted each), unanswered, ..
 
     Raises:
-        ValueError: If there is nothing to score, an annotation is broken, a prediction does not belong to its
-            annotation, or an answer needs the sentence encoder and it is missing; naming row, field and value.
+        ValueError: If there is nothing to score, a prediction does not belong to its annotation, or an answer needs
+            the sentence encoder and it is missing (`EncoderUnavailableError`); naming row, field and value.
     """
     return summarize_etbench(score_etbench(rows, similarity, subset, names))

@@ -7,7 +7,7 @@ import numpy as np
 
 from .answers import Span, flatten_spans, read_captions, read_letter, read_number, read_spans
 from .metrics import THRESHOLDS, f1, mean, pairwise_iou
-from .predictions import require
+from .predictions import AnnotationError, require
 from .similarity import EncoderUnavailableError, Similarity
 
 # Importance maps of EVS have one cell per second.
@@ -16,7 +16,10 @@ MAP_SECONDS = 1000
 
 @dataclass
 class Sample:
-    """A row to be scored: annotation, answer text, its name for messages, and the similarity for unclear choices."""
+    """A row to be scored: annotation, answer text, its name for messages, and the similarity for unclear choices.
+
+    Its properties raise AnnotationError where the annotation lacks what they are read from.
+    """
 
     row: dict
     answer: str
@@ -25,24 +28,24 @@ class Sample:
 
     @property
     def target(self) -> list[Span]:
-        value = require(self.row, self.name, "tgt", list)
+        value = require(self.row, "tgt", list)
         try:
             return flatten_spans(value)
         except ValueError as error:
-            raise ValueError(f"{self.name}: field 'tgt' is {value!r:.100}: {error}") from error
+            raise AnnotationError(f"field 'tgt' is {value!r:.100}: {error}") from error
 
     @property
     def options(self) -> list[str]:
-        options = require(self.row, self.name, "o", list)
+        options = require(self.row, "o", list)
         if not options or not all(isinstance(option, str) for option in options):
-            raise ValueError(f"{self.name}: field 'o' should be a list of texts, got {options!r:.100}")
+            raise AnnotationError(f"field 'o' should be a list of texts, got {options!r:.100}")
         return options
 
     @property
     def right_option(self) -> int:
-        right = require(self.row, self.name, "p", int)
+        right = require(self.row, "p", int)
         if not 0 <= right < len(self.options):
-            raise ValueError(f"{self.name}: field 'p' is {right}, but there are {len(self.options)} options")
+            raise AnnotationError(f"field 'p' is {right}, but there are {len(self.options)} options")
         return right
 
 
@@ -91,7 +94,7 @@ def _localize(sample: Sample, prefix: str, summary: str) -> Outcome:
 
 def _score_grounding(sample: Sample) -> Outcome:
     if len(sample.target) != 1:
-        raise ValueError(f"{sample.name}: field 'tgt' should be one span, got {sample.row['tgt']!r:.100}")
+        raise AnnotationError(f"field 'tgt' should be one span, got {sample.row['tgt']!r:.100}")
     return _localize(sample, "F1", "F1")
 
 
@@ -175,9 +178,9 @@ def _score_grounded_choice(sample: Sample) -> Outcome:
 
 def _score_events(sample: Sample) -> Outcome:
     """Scores one video of DVC, SLC by precision and recall of its events; F1 is taken over the data set."""
-    target, references = sample.target, require(sample.row, sample.name, "g", list)
+    target, references = sample.target, require(sample.row, "g", list)
     if len(references) != len(target) or not all(isinstance(text, str) for text in references):
-        raise ValueError(f"{sample.name}: field 'g' should be {len(target)} texts, got {references!r:.100}")
+        raise AnnotationError(f"field 'g' should be {len(target)} texts, got {references!r:.100}")
     events = read_captions(sample.answer)
     if not events:
         return Outcome(sample, {}, failed=True, target=target, references=references)

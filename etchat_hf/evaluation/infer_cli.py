@@ -13,6 +13,12 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 SHOWN_FAILURES = 5
+VIDEOS_HELP = (
+    "Folder of the videos. A run that goes on knows them by their paths in the annotations only: it keeps its answers "
+    "if this folder, or what is in it, changes."
+)
+BATCH_HELP = "The most rows answered at once; may change between the starts of a run."
+RESTART_HELP = "Discard the answers that are there."
 
 
 def _default_output(model: str, name: str) -> Path:
@@ -40,12 +46,12 @@ def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> Non
     @app.command(benchmark.name, help=f"Answer {title}. Exit code 1 if a row failed.")
     def command(
         annotations: Annotated[Path, typer.Option(help=annotations_help)],
-        videos: Annotated[Path, typer.Option(help="Folder of the videos.")],
+        videos: Annotated[Path, typer.Option(help=VIDEOS_HELP)],
         model: Annotated[str, typer.Option(help="Folder or Hub id of a converted checkpoint.")],
         output: Annotated[
             Path | None, typer.Option(help=f"Folder for the answers; default: MODEL/{benchmark.name}.")
         ] = None,
-        batch_size: Annotated[int, typer.Option(help="The most rows answered at once.")] = 8,
+        batch_size: Annotated[int, typer.Option(help=BATCH_HELP)] = 8,
         max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 2048,
         sample: Annotated[
             bool, typer.Option("--sample", help="Sample at temperature 0.2 instead of greedily.")
@@ -64,7 +70,7 @@ def _add_command(benchmark: Benchmark, title: str, annotations_help: str) -> Non
             Path | None, typer.Option(help="Folder that keeps encoded videos for later runs and `etchat ask`.")
         ] = None,
         cache_gib: Annotated[float, typer.Option(help="Size at which that folder takes no more.")] = 50.0,
-        restart: Annotated[bool, typer.Option("--restart", help="Discard the answers that are there.")] = False,
+        restart: Annotated[bool, typer.Option("--restart", help=RESTART_HELP)] = False,
     ) -> None:
         from transformers.utils import logging
 

@@ -56,6 +56,15 @@ def read_journals(folder: Path) -> list[dict]:
     return records
 
 
+def count_answers(folder: Path) -> int:
+    """How many rows have an answer so far.
+
+    Raises:
+        ValueError: See `read_journals`.
+    """
+    return len({record["row"] for record in read_journals(folder) if "error" not in record})
+
+
 def check_same_run(folder: Path, run: dict) -> None:
     """Checks that the answers in a folder, if any, are of this run.
 

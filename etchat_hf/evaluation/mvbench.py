@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .metrics import mean
-from .predictions import Problems, check_rows, default_names, get_answer, note_doubles, require
+from .predictions import (
+    AnnotationError,
+    Problems,
+    check_rows,
+    default_names,
+    get_answer,
+    note_doubles,
+    require,
+    score_each,
+)
 
 _FIRST_LETTER = re.compile(r"(?:best option:\s*)?\(?([a-z])")
 
@@ -18,10 +27,10 @@ def _read_first_letter(answer: str) -> int | None:
     return ord(match[1]) - ord("a") if match else None
 
 
-def _right_option(row: dict, name: str) -> int:
-    options, right = require(row, name, "candidates", list), require(row, name, "answer", str)
+def _right_option(row: dict) -> int:
+    options, right = require(row, "candidates", list), require(row, "answer", str)
     if right not in options:
-        raise ValueError(f"{name}: field 'answer' {right!r:.60} is none of the candidates {options!r:.100}")
+        raise AnnotationError(f"field 'answer' {right!r:.60} is none of the candidates {options!r:.100}")
     return options.index(right)
 
 
@@ -41,12 +50,13 @@ def score_mvbench(rows: Sequence[dict], names: Sequence[str] | None = None) -> t
     check_rows(rows, names)
     problems = Problems()
     note_doubles(rows, names, ("task", "video", "question", "start", "end"), problems)
-    choices = []
-    for row, name in zip(rows, names, strict=True):
-        require(row, name, "task", str)
-        right = _right_option(row, name)
-        choices.append(Choice(row, name, _read_first_letter(get_answer(row, name, problems)), right))
-    return choices, problems
+
+    def score(row: dict, name: str) -> Choice:
+        require(row, "task", str)
+        right = _right_option(row)
+        return Choice(row, name, _read_first_letter(get_answer(row, name, problems)), right)
+
+    return score_each(rows, names, score, problems), problems
 
 
 def summarize_mvbench(choices: Sequence[Choice], problems: Problems) -> dict:
@@ -84,9 +94,10 @@ def evaluate_mvbench(rows: Sequence[dict], names: Sequence[str] | None = None) -
 
     Returns:
         `by_task` `{task: {"Total", "Failed", "Acc"}}`, `overall` `{"Avg"}`, the mean over the tasks, in [0, 1];
-        `problems` `{kind: [rows]}`.
+        `problems` `{kind: [rows]}`, of which those of the kind "broken annotation" are named with field and value, and
+        not scored.
 
     Raises:
-        ValueError: If there is nothing to score or an annotation is broken, naming row, field and value.
+        ValueError: If there is nothing to score, naming the first row's problem.
     """
     return summarize_mvbench(*score_mvbench(rows, names))

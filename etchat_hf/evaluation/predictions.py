@@ -3,15 +3,32 @@
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
+from typing import TypeVar
 
 METRICS_FILE = "metrics.json"
 # What `etchat infer` writes.
 PREDICTIONS_FILE = "predictions.json"
 FAILURES_FILE = "failures.json"
+JOURNAL_FOLDER = "progress"
 # 2,048 tokens are some 10,000 characters: far above that, something else than an answer was stored.
 HUGE = 100_000
+# What stands for a type of JSON in rows that come from Python.
+STAND_INS = {list: (list, tuple), int: Integral}
+
+Scored = TypeVar("Scored")
+
+
+class AnnotationError(ValueError):
+    """A row cannot be scored because of its annotation; the message names field and value.
+
+    Attributes:
+        kind: The kind of problem that such a row is counted under.
+    """
+
+    kind = "broken annotation"
 
 
 class Problems(dict):
@@ -44,17 +61,43 @@ def check_rows(rows: Sequence[dict], names: Sequence[str]) -> None:
             raise ValueError(f"{name}: expected a JSON object, got {row!r:.100}")
 
 
-def require(row: dict, name: str, key: str, kind: type) -> object:
-    """Returns a field of an annotation.
+def require(row: dict, key: str, kind: type) -> object:
+    """Returns a field of an annotation; a tuple counts as a list, and an integer of numpy as an int.
 
     Raises:
-        ValueError: If the field is missing or of another type.
+        AnnotationError: If the field is missing or of another type.
     """
     if key not in row:
-        raise ValueError(f"{name}: field {key!r} is missing")
-    if not isinstance(row[key], kind) or isinstance(row[key], bool):
-        raise ValueError(f"{name}: field {key!r} should be {kind.__name__}, got {row[key]!r:.100}")
+        raise AnnotationError(f"field {key!r} is missing")
+    if not isinstance(row[key], STAND_INS.get(kind, kind)) or isinstance(row[key], bool):
+        raise AnnotationError(f"field {key!r} should be {kind.__name__}, got {row[key]!r:.100}")
     return row[key]
+
+
+def score_each(
+    rows: Sequence[dict], names: Sequence[str], score: Callable[[dict, str], Scored], problems: Problems
+) -> list[Scored]:
+    """Scores rows one by one; those that cannot be because of their annotation are noted as problems and left out.
+
+    Args:
+        rows: The predictions.
+        names: Of the rows.
+        score: Scores a row of that name. Raises AnnotationError if its annotation is broken.
+        problems: Where such rows are noted, by the error's kind.
+
+    Raises:
+        ValueError: If none of the rows can be scored, with the reason of the first.
+    """
+    scored, first = [], ""
+    for row, name in zip(rows, names, strict=True):
+        try:
+            scored.append(score(row, name))
+        except AnnotationError as error:
+            problems.note(error.kind, f"{name}: {error}")
+            first = first or f"{error.kind}, {name}: {error}"
+    if not scored:
+        raise ValueError(f"none of the {len(rows)} rows can be scored: {first}")
+    return scored
 
 
 def get_answer(row: dict, name: str, problems: Problems) -> str:
@@ -74,11 +117,16 @@ def note_doubles(rows: Sequence[dict], names: Sequence[str], fields: Sequence[st
     """Notes rows that agree in all the identifying fields with an earlier one; each still counts."""
     seen: dict[str, str] = {}
     for row, name in zip(rows, names, strict=True):
-        key = json.dumps([row.get(field) for field in fields], sort_keys=True)
+        key = json.dumps([row.get(field) for field in fields], sort_keys=True, default=_plain)
         if key in seen:
             problems.note("answered more than once", f"{name} repeats {seen[key]}")
         else:
             seen[key] = name
+
+
+def _plain(value: object) -> object:
+    # What JSON has for numbers and arrays of numpy; of anything else its text.
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _files(path: Path) -> list[Path]:
@@ -86,10 +134,25 @@ def _files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"{path}: no such file or folder; give what `etchat infer` wrote")
     if not path.is_dir():
         return [path]
+    merged, journal = path / PREDICTIONS_FILE, path / JOURNAL_FOLDER
+    if merged.is_file() and (journal.is_dir() or _is_inference(path)):
+        # Whatever else lies there is none of its answers, such as scores under a name of the user's.
+        return [merged]
+    if journal.is_dir():
+        raise ValueError(_unfinished(path, journal))
     files = sorted(file for file in path.glob("*.json") if file.name not in (METRICS_FILE, FAILURES_FILE))
     if not files:
         raise ValueError(f"{path}: no prediction files (*.json) in this folder; `etchat infer` writes them")
     return files
+
+
+def _unfinished(output: Path, journal: Path) -> str:
+    from .journal import count_answers  # it writes by means of this module
+
+    return (
+        f"{output}: the run is unfinished, with {count_answers(journal):,} answers so far; the same `etchat infer` "
+        "command again goes on with it"
+    )
 
 
 def read_json(path: str | Path) -> object:
@@ -125,13 +188,15 @@ def load_predictions(paths: Sequence[str | Path]) -> tuple[list[dict], list[str]
     """Reads prediction files, each a JSON array of rows.
 
     Args:
-        paths: Files, or folders whose `*.json` files are read, except for our own `metrics.json` and `failures.json`.
+        paths: Files, or folders. Of a folder that inference wrote, its `predictions.json` is read; of another one all
+            `*.json` files, except for our own `metrics.json` and `failures.json`.
 
     Returns:
         The rows of all files, and per row its name for messages: file, position, and idx where it has one.
 
     Raises:
-        ValueError: If a file is no JSON array of objects, a folder holds no file, or there are no rows.
+        ValueError: If a file is no JSON array of objects, a folder holds no file or an unfinished run, or there are
+            no rows.
         OSError: If a file cannot be read.
     """
     rows, names = [], []

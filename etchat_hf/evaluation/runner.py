@@ -24,10 +24,9 @@ from .clips import reason_of
 from .journal import Journal, check_same_run, discard, read_journals, write_run
 from .pipeline import Pipeline, Settings, video_of
 from .plan import Group, leave_out_answered, plan_groups, share_groups
-from .predictions import FAILURES_FILE, PREDICTIONS_FILE, write_atomic
+from .predictions import FAILURES_FILE, JOURNAL_FOLDER, PREDICTIONS_FILE, write_atomic
 from .tasks import NO_ANSWER, Answer, Benchmark, Request
 
-JOURNAL_FOLDER = "progress"
 # Processes wait for the slowest one, whose share may take hours longer than a collective operation should.
 PATIENCE = timedelta(days=30)
 
@@ -73,7 +72,7 @@ def infer(
         settings: How to generate; default: greedily, 8 rows at a time.
         output: Folder for answers as they come, from which a killed run goes on, and for the merged
             `predictions.json` and `failures.json`; None writes nothing.
-        restart: Discard answers that are already there.
+        restart: Discard answers that are already there, merged ones included.
         show_progress: Show a progress bar on stderr, on the main process.
         encoder: Of the model; default: one that stores nothing.
 
@@ -193,6 +192,9 @@ def _merge(records: Sequence[dict]) -> tuple[dict[int, Answer], dict[int, str]]:
 def _open_run(state: PartialState, folder: Path, restart: bool, run: dict) -> list[dict]:
     """The records that earlier starts left; they are gathered, so that nodes need not share a file system."""
     if restart and state.is_local_main_process:
+        # Merged answers first: after a kill in between, the journals still tell that there is an unfinished run
+        for name in (PREDICTIONS_FILE, FAILURES_FILE):
+            (folder.parent / name).unlink(missing_ok=True)
         discard(folder)
     state.wait_for_everyone()
     check_same_run(folder, run)
@@ -206,6 +208,7 @@ def _describe_run(model, processor, benchmark: Benchmark, rows: Sequence[dict], 
     """What answers depend on, and so must not change between the starts of a run.
 
     Not so the batch size, which may have to shrink to the memory there is: it changes answers by rounding at most.
+    Nor the videos, which are known by their paths in the annotations alone: to read them all would take hours.
     """
     return {
         "benchmark": benchmark.name,

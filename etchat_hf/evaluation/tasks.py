@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .answers import is_number
-from .predictions import read_rows, require
+from .predictions import AnnotationError, read_rows, require
 
 # Multiple-choice answers are begun for the model, so that it goes on with the letter.
 CHOICE_START = "Best Option: ("
@@ -95,9 +95,10 @@ class Benchmark:
 
     Attributes:
         name: As on the command line.
-        read: Reads an annotation file into rows. Raises ValueError if it has not the benchmark's structure.
+        read: Reads an annotation file into rows, their fields in order. MVBench's get a `task` at their end where they
+            have none. Raises ValueError if the file has not the benchmark's structure.
         request: What a row asks. Raises ValueError if the row is broken.
-        fill: The prediction row: the annotation with the answer added, and nothing else changed.
+        fill: The prediction row: the row with the answer added at its end, and nothing else changed.
     """
 
     name: str
@@ -118,17 +119,17 @@ def _add_answer(row: dict, answer: Answer) -> dict:
 
 
 def _numbers(row: dict, key: str) -> tuple[float, ...]:
-    values = require(row, "row", key, list)
+    values = require(row, key, list)
     if not all(map(is_number, values)):
-        raise ValueError(f"field {key!r} should be numbers (seconds), got {values!r:.100}")
+        raise AnnotationError(f"field {key!r} should be numbers (seconds), got {values!r:.100}")
     return tuple(values)
 
 
 def _ask_etbench(row: dict) -> Request:
-    question, task = require(row, "row", "q", str), require(row, "row", "task", str)
+    question, task = require(row, "q", str), require(row, "task", str)
     is_choice = task in ETBENCH_CHOICE_TASKS
     return Request(
-        videos=(require(row, "row", "video", str),),
+        videos=(require(row, "video", str),),
         question=question,
         # The benchmark's text-only edition spells the times out in `q` and keeps `src` beside it.
         src=_numbers(row, "src") if "<vid>" in question and "src" in row else (),
@@ -159,10 +160,10 @@ def _read_charades(path: Path) -> list[dict]:
 
 
 def _ask_charades(row: dict) -> Request:
-    video = require(row, "row", "vid", str)
+    video = require(row, "vid", str)
     return Request(
         videos=tuple(video + extension for extension in CHARADES_EXTENSIONS),
-        question=CHARADES_PROMPT.format(require(row, "row", "query", str)),
+        question=CHARADES_PROMPT.format(require(row, "query", str)),
     )
 
 
@@ -172,25 +173,29 @@ def _fill_charades(row: dict, answer: Answer) -> dict:
 
 
 def _read_mvbench(path: Path) -> list[dict]:
-    """Reads a JSON array, or a folder of one per task; rows without a `task` get the file's name as theirs."""
+    """Reads a JSON array, or a folder of one per task.
+
+    The published rows have no `task`, without which they cannot be scored: the file's name is added as theirs, after
+    their own fields.
+    """
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path}: no annotation files (*.json) in this folder")
-    return [{"task": file.stem, **row} for file in files for row in _read_array(file)]
+    return [row if "task" in row else {**row, "task": file.stem} for file in files for row in _read_array(file)]
 
 
 def _ask_mvbench(row: dict) -> Request:
-    video, options = require(row, "row", "video", str), require(row, "row", "candidates", list)
+    video, options = require(row, "video", str), require(row, "candidates", list)
     labelled = [f"({chr(ord('A') + i)}) {option}" for i, option in enumerate(options)]
     folder = MVBENCH_FOLDERS.get(str(row.get("task", "")).lower().replace(" ", "_").replace("-", "_"))
-    segment = None
-    if row.get("start") is not None and row.get("end") is not None:
-        if not (is_number(row["start"]) and is_number(row["end"]) and 0 <= row["start"] < row["end"]):
-            raise ValueError(f"fields 'start' and 'end' should be seconds, got {row['start']!r} and {row['end']!r}")
-        segment = (row["start"], row["end"])
+    segment = (row.get("start"), row.get("end"))
+    if segment == (None, None):
+        segment = None
+    elif not (all(map(is_number, segment)) and 0 <= segment[0] < segment[1]):
+        raise AnnotationError("fields 'start' and 'end' should be seconds, got {!r:.60} and {!r:.60}".format(*segment))
     return Request(
         videos=(video, f"{folder}/{video}") if folder else (video,),
-        question="\n".join([require(row, "row", "question", str), *labelled]),
+        question="\n".join([require(row, "question", str), *labelled]),
         segment=segment,
         answer_start=CHOICE_START,
     )

@@ -1,5 +1,6 @@
 """Reading times and choices out of free text."""
 
+import numpy as np
 import pytest
 
 from etchat_hf.evaluation.answers import flatten_spans, read_captions, read_letter, read_number, read_spans
@@ -95,7 +96,9 @@ def test_spans_of_any_nesting():
     assert flatten_spans([[[1, 2], [3, 4]], [[5, 6]]]) == [(1.0, 2.0), (3.0, 4.0), (5.0, 6.0)]
 
 
-@pytest.mark.parametrize("value", [[], [1], [1, "2"], [[1, 2], 3], None, [True, 2], [float("nan"), 1], [5, 2]])
+@pytest.mark.parametrize(
+    "value", [[], [1], [1, "2"], [[1, 2], 3], None, [True, 2], [float("nan"), 1], [5, 2], [np.float32("inf"), 1]]
+)
 def test_broken_spans(value):
     with pytest.raises(ValueError, match="span|expected"):
         flatten_spans(value)

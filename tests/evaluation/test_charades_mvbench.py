@@ -1,8 +1,10 @@
 """Charades-STA and MVBench: the golden figures, the rules, and bad input."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from etchat_hf.evaluation import evaluate_charades, evaluate_mvbench
@@ -46,9 +48,18 @@ def test_charades_bad_answers_are_named():
 
 
 @pytest.mark.parametrize("span", [None, [1], [5, 1], [[0, 1], [2, 3]]])
-def test_charades_broken_annotations(span):
+def test_charades_broken_annotations_are_named_and_left_out(span):
+    broken = make_charades(span, [0, 1])
+    result = evaluate_charades([broken, make_charades([0, 10], [0, 10], "W")])
+    assert (result["total"], result["failed"], result["mIoU"]) == (1, 0, 1.0)
+    (reason,) = result["problems"].pop("broken annotation")
+    assert reason.startswith("row 0: field 'span'") and not result["problems"]
     with pytest.raises(ValueError, match="row 0.*'span'"):
-        evaluate_charades([make_charades(span, [0, 1])])
+        evaluate_charades([broken])
+
+
+def test_charades_spans_may_be_tuples_of_numpys():
+    assert evaluate_charades([make_charades((np.int64(0), np.float32(10)), (np.float64(0), 10))])["mIoU"] == 1.0
 
 
 def make_mvbench(answer, task="action", video="v.mp4"):
@@ -77,5 +88,25 @@ def test_mvbench_bad_input():
     rows = [make_mvbench("B"), make_mvbench(None), make_mvbench("B", video="w")]
     problems = evaluate_mvbench(rows, names=list("ABC"))["problems"]
     assert problems == {"answered more than once": ["B repeats A"], "missing answer": ["B"]}
-    with pytest.raises(ValueError, match="row 0.*'answer' 'in'"):
-        evaluate_mvbench([{**make_mvbench("B"), "answer": "in"}])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        ({"answer": "in"}, "field 'answer' 'in' is none of the candidates ['up', 'down', 'left']"),
+        ({"candidates": []}, "field 'answer' 'down' is none of the candidates []"),
+        ({"candidates": "down"}, "field 'candidates' should be list, got 'down'"),
+        ({"task": None}, "field 'task' should be str, got None"),
+    ],
+)
+def test_mvbench_broken_annotations_are_named_and_left_out(broken, message):
+    rows = [make_mvbench("B"), {**make_mvbench("B"), "video": "w", **broken}]
+    result = evaluate_mvbench(rows)
+    assert result["by_task"] == {"action": {"Total": 1, "Failed": 0, "Acc": 1.0}}
+    assert result["problems"] == {"broken annotation": [f"row 1: {message}"]}
+    with pytest.raises(ValueError, match=f"row 0: {re.escape(message)}"):
+        evaluate_mvbench(rows[1:])
+
+
+def test_mvbench_candidates_may_be_a_tuple():
+    assert evaluate_mvbench([{**make_mvbench("B"), "candidates": ("up", "down")}])["overall"] == {"Avg": 1.0}

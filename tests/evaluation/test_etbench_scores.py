@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -211,17 +212,62 @@ def test_a_source_without_one_readable_answer_is_named():
         (make_row("rar", "A", o=["x"], p=True), "r7.*'p'.*True"),
         (make_row("dvc", "0 - 1 x", tgt=[[0, 1]], g=[]), "r7.*'g' should be 1 texts"),
         ({"a": "x"}, "r7.*'task'"),
-        ("x", "r7.*object"),
+        ({**make_row("tvg", "0 - 1", tgt=[0, 1]), "video": 5}, "r7.*'video' should be str, got 5"),
+        ({"task": "tvg", "idx": 7, "video": "v", "tgt": [0, 1], "a": "0 - 1"}, "r7.*'source' is missing"),
     ],
 )
-def test_broken_annotations_are_refused_by_name(row, message):
-    with pytest.raises(ValueError, match=message):
+def test_broken_annotations_are_named_and_left_out(row, message):
+    sound = [make_row("tvg", "0 - 10", 1, tgt=[0, 10]), make_row("rar", "A", 2, o=["x", "y"], p=0)]
+    result = evaluate_etbench([sound[0], row, sound[1]], "jaccard", names=["r6", "r7", "r8"])
+    assert result["overall"] == {"RAR": 1.0, "TVG": 1.0}
+    (kind,) = result["problems"]
+    (reason,) = result["problems"][kind]
+    assert kind == "broken annotation" and re.search(message, reason)
+    with pytest.raises(ValueError, match=f"none of the 1 rows can be scored: broken annotation, {message}"):
         evaluate_etbench([row], "jaccard", names=["r7"])
+
+
+def test_what_is_no_row_is_refused_by_name():
+    with pytest.raises(ValueError, match="r7.*object"):
+        evaluate_etbench(["x"], "jaccard", names=["r7"])
+
+
+def test_a_row_that_no_subset_can_hold_is_named_and_left_out():
+    rows = [make_row("tvg", "0 - 10", idx, tgt=[0, 10]) for idx in (0, "1")]
+    result = evaluate_etbench(rows, "jaccard", subset=[0, 1])
+    assert result["by_source"]["tvg"]["s"]["Total"] == 1
+    assert result["problems"] == {
+        "broken annotation": ["row 1: field 'idx' should be int, got '1'"],
+        "no prediction": ["idx 1"],
+    }
+
+
+def test_rows_need_not_come_from_files():
+    rows = [
+        make_row("tvg", "0 - 10", np.int64(0), tgt=(np.float32(0), np.int32(10))),
+        make_row("tem", "0 - 10", np.int64(1), tgt=((0, 10), (20, 30))),
+        make_row("gvq", "(B) 0 - 10", np.int64(2), o=("x", "y"), p=np.int64(1), tgt=(0, 10)),
+        make_row("dvc", "0 - 10 x", np.int64(3), tgt=((0, 10),), g=("x",)),
+        make_row("tvg", "0 - 10", 0, tgt=[0, 10]),
+    ]
+    result = evaluate_etbench(rows, "jaccard")
+    assert result["overall"] == {"TVG": 1.0, "DVC": 1.0, "TEM": 1.0, "GVQ": 1.0}
+    assert result["problems"] == {"answered more than once": ["row 4 repeats row 0"]}
+    json.dumps(result)
+    subset = [np.int64(1), make_row("tvg", "", 0, tgt=[0, 10])]
+    assert set(evaluate_etbench(rows[:2], "jaccard", subset=subset)["overall"]) == {"TVG", "TEM"}
+
+
+def test_questions_tell_rows_without_idx_apart():
+    rows = [{**make_row("tvg", "0 - 10", tgt=[0, 10]), "q": question} for question in ("a?", "b?", "a?")]
+    for row in rows:
+        del row["idx"]
+    assert evaluate_etbench(rows, "jaccard")["problems"] == {"answered more than once": ["row 2 repeats row 0"]}
 
 
 @pytest.mark.parametrize("rows", [[], [make_row("xyz", "a")]])
 def test_nothing_to_score_is_an_error(rows):
-    with pytest.raises(ValueError, match="no predictions|none of"):
+    with pytest.raises(ValueError, match="no predictions|none of the 1 rows can be scored: unknown task"):
         evaluate_etbench(rows, "jaccard")
 
 
@@ -250,3 +296,6 @@ def test_missing_encoder_is_said_only_when_needed(monkeypatch):
     assert figures([make_row("rar", "A", o=OPTIONS, p=0)], "sentence-transformers")["Acc"] == 1.0
     with pytest.raises(EncoderUnavailableError, match="row 0.*'runs away'.*not installed.*jaccard"):
         figures([make_row("rar", "runs away", o=OPTIONS, p=0)], "sentence-transformers")
+    with pytest.raises(EncoderUnavailableError, match="row 1"):  # no broken annotation, so the row is not left out
+        rows = [make_row("rar", answer, i, o=OPTIONS, p=0) for i, answer in enumerate(("A", "runs away"))]
+        figures(rows, "sentence-transformers")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from etchat_hf.cli import main
+from etchat_hf.evaluation.journal import Journal, write_run
 from etchat_hf.evaluation.predictions import write_atomic
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "metrics"
@@ -103,14 +104,42 @@ TVG = {"task": "tvg", "source": "s", "video": "v", "idx": 5, "tgt": [0, 1], "a":
             json.dumps([{"vid": "V", "query": "q", "span": [0, 1], "pred": [0, 1]}]),
             "p.json row 0: field 'task' is mis",
         ),
-        (json.dumps([{**TVG, "task": "xyz"}]), "none of the 1 rows is of an E.T. Bench task"),
+        (json.dumps([{**TVG, "task": "xyz"}]), "can be scored: unknown task, {file} row 0 (idx 5): 'xyz'"),
     ],
 )
 def test_bad_files_are_named_in_one_line(run, tmp_path, content, message):
     (tmp_path / "p.json").write_bytes(content.encode("latin-1"))
     code, out, err = run("etbench", tmp_path / "p.json")
     assert code == 2 and out == ""
+    message = message.replace("{file}", str(tmp_path / "p.json"))
     assert message in err and err.startswith("etchat: error: ") and err.count("\n") == 1
+
+
+def test_a_broken_annotation_is_a_warning_beside_the_scores(run, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps([TVG, {**TVG, "idx": 6, "tgt": "0 - 1"}]))
+    code, out, err = run("etbench", tmp_path / "p.json")
+    assert code == 0 and re.search(r"TVG +F1 +100\.0 +38\.6 +1 +0\n", out)
+    where = f"{tmp_path / 'p.json'} row 1 (idx 6)"
+    assert err == f"warning: 1 x broken annotation: {where}: field 'tgt' should be list, got '0 - 1'\n"
+
+
+def test_a_folder_of_answers_can_be_scored_again_whatever_lies_beside_them(run, tmp_path):
+    (tmp_path / "predictions.json").write_text(json.dumps([TVG]))
+    (tmp_path / "failures.json").write_text("[]")
+    for _ in range(2):
+        code, _, err = run("etbench", tmp_path, "--output", tmp_path / "scores.json")
+        assert code == 0, err
+    assert json.loads((tmp_path / "scores.json").read_text())["overall"] == {"TVG": 1.0}
+
+
+def test_an_unfinished_run_is_said_to_be_one(run, tmp_path):
+    journal = Journal(tmp_path / "progress")
+    write_run(tmp_path / "progress", {})
+    journal.append([{"row": row, "text": "", "timestamps": []} for row in (0, 4)] + [{"row": 2, "error": "torn"}])
+    (tmp_path / "metrics.json").write_text("{}")
+    code, out, err = run("etbench", tmp_path)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert "the run is unfinished, with 2 answers so far; the same `etchat infer` command again" in err
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from etchat_hf.evaluation.answering import build_inputs, write_prompt
 from etchat_hf.evaluation.cli import app as evaluate_app
 from etchat_hf.evaluation.clips import sample_video
 from etchat_hf.evaluation.infer_cli import app
+from etchat_hf.evaluation.predictions import load_predictions
 from etchat_hf.evaluation.runner import Settings, infer
 from etchat_hf.evaluation.tasks import CHARADES, ETBENCH, MVBENCH
 from etchat_hf.inference import ask, load
@@ -330,6 +331,14 @@ def test_too_long_a_video_fails_and_says_what_to_do(tiny, world):
     assert all("--fps" in reason for reason in result.failures.values()) and len(result.failures) == 2
 
 
+def test_too_long_a_question_fails_and_is_not_blamed_on_the_video(tiny, world):
+    folder, rows = world
+    limit = tiny[0].config.text_config.max_position_embeddings
+    question = {**rows[0], "q": "When? " * limit}
+    result = infer(*tiny, ETBENCH, [question], folder / "videos", SETTINGS, show_progress=False)
+    assert "the question is too long: its text takes" in result.failures[0] and "--fps" not in result.failures[0]
+
+
 def test_training_mode_neither_matters_nor_changes(tiny, world, alone):
     folder, rows = world
     model, processor = tiny
@@ -564,6 +573,35 @@ def test_what_is_answered_is_not_asked_again(tiny, world, tmp_path, monkeypatch)
     assert result.predictions == before and journal_rows(tmp_path).count(lost) == 1
     infer(*tiny, ETBENCH, rows[:4], folder / "videos", settings, tmp_path, show_progress=False)
     assert asked == [2]
+
+
+def test_restarting_discards_the_merged_answers_at_once(tiny, world, tmp_path, monkeypatch):
+    folder, rows = world
+    settings = Settings(max_new_tokens=2)
+    infer(*tiny, ETBENCH, rows[:2], folder / "videos", settings, tmp_path, show_progress=False)
+    assert load_predictions([tmp_path])[0]
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "answer_batch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        infer(*tiny, ETBENCH, rows[:2], folder / "videos", settings, tmp_path, restart=True, show_progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["progress"]
+    with pytest.raises(ValueError, match="unfinished, with 0 answers"):
+        load_predictions([tmp_path])
+
+
+def test_broken_annotations_spoil_no_other_rows_score(tiny, world, tmp_path):
+    folder, rows = world
+    few = [dict(row) for row in rows[:4]]
+    del few[1]["source"]
+    few[2]["tgt"], few[3]["video"] = "1 - 3", 5
+    infer(*tiny, ETBENCH, few, folder / "videos", SETTINGS, tmp_path, show_progress=False)
+    scored = CliRunner().invoke(evaluate_app, ["etbench", str(tmp_path), "--similarity", "jaccard"])
+    assert scored.exit_code == 0, scored.exception
+    assert "3 x broken annotation: " in scored.stderr and "row 1 (idx 1): field 'source' is missing" in scored.stderr
+    assert "failed inference: row 3: field 'video' should be str, got 5" in scored.stderr
 
 
 def test_answers_of_another_model_are_not_taken_over(tiny, world, tmp_path):

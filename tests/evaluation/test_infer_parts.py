@@ -44,8 +44,8 @@ def test_etbench_text_edition_keeps_src_beside_its_spelled_out_times():
 @pytest.mark.parametrize(
     "broken, message",
     [
-        ({"q": None}, "'q'"),
-        ({"video": 3}, "'video'"),
+        ({"q": None}, "^field 'q' should be str, got None"),
+        ({"video": 3}, "^field 'video' should be str, got 3"),
         ({"src": ["x"], "q": "<vid>"}, "'src'"),
         ({"task": []}, "'task'"),
         ({"q": "half \ud800"}, "no Unicode text at character 5"),
@@ -88,14 +88,17 @@ def test_mvbench_folder_of_tasks(tmp_path):
     for task in ("moving_count", "state_change"):
         (tmp_path / f"{task}.json").write_text(json.dumps([row]))
     rows = MVBENCH.read(tmp_path)
-    assert rows == [{"task": "moving_count", **row}, {"task": "state_change", **row}]
+    filled = [list(MVBENCH.fill(asked, Answer("A")).items()) for asked in rows]
+    assert filled == [[*row.items(), ("task", task), ("a", "A")] for task in ("moving_count", "state_change")]
     request = MVBENCH.request(rows[0])
     assert request.question == "What?\n(A) cat\n(B) dog"
     assert request.answer_start == "Best Option: ("
     assert request.videos == ("x.mp4", "clevrer/video_validation/x.mp4")
     assert request.segment == (1, 4.5)
-    with pytest.raises(ValueError, match="'start'"):
-        MVBENCH.request({**row, "start": 9})
+    assert MVBENCH.request({**row, "start": None, "end": None}).segment is None
+    for broken in ({"start": 9}, {"start": None}, {"end": None}, {"end": "5"}):
+        with pytest.raises(ValueError, match="^fields 'start' and 'end' should be seconds, got "):
+            MVBENCH.request({**row, **broken})
 
 
 @pytest.mark.parametrize("name", ["../secret.mp4", "a/../../b.mp4", "/etc/passwd", "C:\\x.mp4", "..\\x.mp4", ""])

@@ -8,17 +8,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import tenacity
 from conftest import MAX_NEW_TOKENS, NUM_VIDEOS
 from lmms_eval.api.instance import Instance
 from lmms_eval.evaluator import simple_evaluate
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
+from loguru import logger
 
 from etchat_hf.evaluation import evaluate_charades, evaluate_etbench
 from etchat_hf.evaluation.etbench_tasks import TASKS
 from etchat_hf.evaluation.lmms import tasks as our_tasks
 from etchat_hf.evaluation.lmms.models.etchat import ETChat
 from etchat_hf.evaluation.lmms.tasks.charades_sta import utils as charades_utils
+from etchat_hf.evaluation.lmms.tasks.etbench import utils as etbench_utils
 from etchat_hf.evaluation.runner import Settings, infer
 from etchat_hf.evaluation.tasks import CHARADES, ETBENCH
 from etchat_hf.inference import load
@@ -133,13 +136,70 @@ def test_fields_of_a_doc_reach_the_model_and_the_command_line_goes_first(lm):
         ({"do_sample": True}, "greedily"),
         ({"temperature": 0.7}, "greedily"),
         ({"num_beams": 4}, "greedily"),
-        ({"context": "At <vid>?"}, "1 <vid>"),
     ],
 )
 def test_what_the_model_cannot_do_is_said(world, lm, change, words):
     arguments = {"visuals": [str(world.videos / "0.mp4")], **change}
     with pytest.raises(ValueError, match=words):
         lm.generate_until([request(lm, **arguments)])
+
+
+@pytest.fixture
+def warnings():
+    """What is warned of during the test."""
+    messages = []
+    handler = logger.add(lambda message: messages.append(message.record["message"]), level="WARNING")
+    yield messages
+    logger.remove(handler)
+
+
+def test_what_cannot_be_answered_is_empty_and_named(world, lm, tmp_path, warnings):
+    (tmp_path / "torn.mp4").write_bytes((world.videos / "0.mp4").read_bytes()[:300])
+    video = str(world.videos / "0.mp4")
+    paths = [video, str(tmp_path / "torn.mp4"), str(tmp_path / "none.mp4"), video]
+    asked = [request(lm, [path], max_new_tokens=MAX_NEW_TOKENS) for path in paths]
+    asked.append(request(lm, [video], context="At <vid>?"))
+    first, *others, again, timeless = lm.generate_until(asked)
+    assert first and first == again and (*others, timeless) == ("", "", "")
+    assert len(warnings) == 3 and all(text.startswith("toy doc 0 gets an empty answer: ") for text in warnings)
+    assert {name for name in ("torn.mp4", "none.mp4", "1 <vid>") if any(name in text for text in warnings)} == {
+        "torn.mp4",
+        "none.mp4",
+        "1 <vid>",
+    }
+
+
+def test_a_missing_video_fails_its_rows_only_and_scores_are_computed_once(
+    world, environment, lm, tmp_path, monkeypatch, warnings
+):
+    rows = [dict(row) for row in world.rows if row["task"] == "tvg"]
+    rows[1]["video"] = "nowhere.mp4"
+    strangers = [{**rows[0], "task": task} for task in ("xyz", "xyz", None)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows + strangers))
+    monkeypatch.setenv("ETBENCH_ANNOTATIONS", str(tmp_path / "rows.json"))
+    calls = []
+    monkeypatch.setattr(
+        etbench_utils, "evaluate_etbench", lambda *a, **k: calls.append(a) or evaluate_etbench(*a, **k)
+    )
+    results = evaluate(lm, ["etbench_tvg"])
+    given = answers(results, "etbench_tvg")
+    assert given[1] == "" and given[0] and given[2] and len(calls) == 1
+    expected = evaluate_etbench([row | {"a": answer} for row, answer in zip(rows, given, strict=True)], "jaccard")
+    assert results["results"]["etbench_tvg"]["F1,none"] == expected["overall"]["TVG"]
+    assert [text for text in warnings if "nowhere.mp4" in text and "etbench_tvg doc 1" in text]
+    (unknown,) = [text for text in warnings if "unknown tasks" in text]
+    assert unknown.endswith("rows.json: 3 rows are of unknown tasks, and not asked: 'xyz', None")
+
+
+def test_a_task_without_rows_is_named_with_the_file(world, environment, lm, tmp_path, monkeypatch, warnings):
+    (tmp_path / "rows.json").write_text(json.dumps([row for row in world.rows if row["task"] != "dvc"]))
+    monkeypatch.setenv("ETBENCH_ANNOTATIONS", str(tmp_path / "rows.json"))
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)  # between the harness's attempts
+    with pytest.raises(tenacity.RetryError) as error:
+        evaluate(lm, ["etbench"])
+    message = str(error.value.__cause__)
+    assert message.startswith(f"{tmp_path / 'rows.json'} holds no row of task 'dvc'; leave etbench_dvc")
+    assert message in warnings
 
 
 @pytest.mark.parametrize("name", ["ETBENCH_ANNOTATIONS", "ETBENCH_VIDEOS"])

@@ -8,13 +8,14 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
+from loguru import logger
 from tqdm import tqdm
 
 from ....clip_encoder import ClipEncoder
 from ....inference import load
 from ....processing_etchat import EncodedClip
-from ...answering import answer_batch, write_prompt
-from ...clips import sample_video
+from ...answering import Prompt, answer_batch, write_prompt
+from ...clips import reason_of, sample_video
 from ...tasks import Request
 
 MAX_NEW_TOKENS = 2048
@@ -25,12 +26,14 @@ class Question:
     """One request of lmms-eval in our terms.
 
     Attributes:
+        name: Its task and doc, for messages.
         path: The video or image it is about.
         request: What it asks.
         max_new_tokens: Longest answer.
         stops: Texts at the first of which the answer ends.
     """
 
+    name: str
     path: str
     request: Request
     max_new_tokens: int
@@ -74,35 +77,44 @@ class ETChat(lmms):
         """
         Answers requests, sorted by video so that each passes the vision encoder once.
 
+        As in `etchat infer`, one that cannot be answered, such as about a video that cannot be read, gets an empty
+        answer, and a warning says why.
+
         Raises:
-            OSError, ValueError: If a video cannot be read, or a request asks what the model cannot do.
+            ValueError: If a task asks what the model cannot do, such as to sample.
         """
-        questions = [self._read(request) for request in requests]
-        order = sorted(range(len(questions)), key=lambda index: questions[index].path)
-        answers = [""] * len(questions)
-        clips: dict[str, EncodedClip] = {}
+        read = (self._read(request) for request in requests)
+        questions = {index: question for index, question in enumerate(read) if question}
+        order = sorted(questions, key=lambda index: questions[index].path)
+        answers = [""] * len(requests)
+        clips: dict[str, EncodedClip | str] = {}
         for start in tqdm(range(0, len(order), self.batch_size), desc="E.T. Chat", disable=self.rank != 0):
             batch = order[start : start + self.batch_size]
             paths = dict.fromkeys(questions[index].path for index in batch)
             # Of the batch before only clips that this one shares are kept: memory stays bounded.
-            clips = {path: clips[path] if path in clips else self._encode(path) for path in paths}
+            clips = {path: clips[path] if path in clips else self._try_to_encode(path) for path in paths}
             for index, answer in zip(batch, self._answer([questions[i] for i in batch], clips), strict=True):
                 answers[index] = answer
         return answers
 
-    def _read(self, request: Instance) -> Question:
+    def _read(self, request: Instance) -> Question | None:
         context, generation_kwargs, doc_to_visual, doc_id, task, split = request.args
         doc = self.task_dict[task][split][doc_id]
-        visuals = doc_to_visual(doc) or []
+        name = f"{task} doc {doc_id}"
+        try:
+            visuals = doc_to_visual(doc) or []
+        except (OSError, ValueError) as error:
+            return _warn(name, reason_of(error))
         if len(visuals) != 1 or not isinstance(visuals[0], str):
             kinds = [type(visual).__name__ for visual in visuals]
-            raise ValueError(f"{task} doc {doc_id} shows {kinds}; E.T. Chat takes the path of one video or image")
+            raise ValueError(f"{name} shows {kinds}; E.T. Chat takes the path of one video or image")
         _check_greedy(generation_kwargs, task)
         fields = dict(doc.get("etchat") or {})
         if "repetition_penalty" in generation_kwargs:
             fields["repetition_penalty"] = generation_kwargs["repetition_penalty"]
         until = generation_kwargs.get("until") or []
         return Question(
+            name=name,
             path=visuals[0],
             request=Request(videos=(visuals[0],), question=context, **fields),
             max_new_tokens=generation_kwargs.get("max_new_tokens", MAX_NEW_TOKENS),
@@ -113,27 +125,38 @@ class ETChat(lmms):
         video_processor = self.processor.video_processor
         return self.encoder.encode(sample_video(video_processor, Path(path), None, self.fps, self.max_frames))
 
-    def _answer(self, questions: Sequence[Question], clips: dict[str, EncodedClip]) -> list[str]:
-        paths = list(clips)
-        prompts = [
-            write_prompt(
-                self.processor,
-                self.model.config,
-                question.request,
-                clips[question.path],
-                question.max_new_tokens,
-            )
-            for question in questions
-        ]
+    def _try_to_encode(self, path: str) -> EncodedClip | str:
+        try:
+            return self._encode(path)
+        except (OSError, ValueError) as error:
+            return reason_of(error)
+
+    def _answer(self, questions: Sequence[Question], clips: dict[str, EncodedClip | str]) -> list[str]:
+        prompts = [self._write_prompt(question, clips[question.path]) for question in questions]
+        answerable = [index for index, prompt in enumerate(prompts) if prompt]
+        texts = [""] * len(questions)
+        if not answerable:
+            return texts
+        paths = list(dict.fromkeys(questions[index].path for index in answerable))
         answers = answer_batch(
             self.model,
             self.processor,
-            prompts,
-            [paths.index(question.path) for question in questions],
+            [prompts[index] for index in answerable],
+            [paths.index(questions[index].path) for index in answerable],
             [clips[path].frame_times for path in paths],
             torch.cat([clips[path].vision_features for path in paths]),
         )
-        return [_cut(answer.text, question.stops) for answer, question in zip(answers, questions, strict=True)]
+        for index, answer in zip(answerable, answers, strict=True):
+            texts[index] = _cut(answer.text, questions[index].stops)
+        return texts
+
+    def _write_prompt(self, question: Question, clip: EncodedClip | str) -> Prompt | None:
+        if isinstance(clip, str):
+            return _warn(question.name, clip)
+        try:
+            return write_prompt(self.processor, self.model.config, question.request, clip, question.max_new_tokens)
+        except ValueError as error:
+            return _warn(question.name, reason_of(error))
 
     def loglikelihood(self, requests: list[Instance]):
         """Not there: E.T. Chat's benchmarks are all answered in text."""
@@ -142,6 +165,10 @@ class ETChat(lmms):
     def generate_until_multi_round(self, requests: list[Instance]):
         """Not there: E.T. Chat's benchmarks ask one question at a time."""
         raise NotImplementedError("etchat answers one question at a time (generate_until)")
+
+
+def _warn(name: str, reason: str) -> None:
+    logger.warning(f"{name} gets an empty answer: {reason}")
 
 
 def _check_greedy(generation_kwargs: dict, task: str) -> None:

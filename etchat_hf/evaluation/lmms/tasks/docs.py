@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
 
 from ...clips import find_video
+from ...runner import check_videos
 from ...tasks import Benchmark
 
 
@@ -29,22 +31,24 @@ def dataset_kwargs(annotations: str, videos: str, splits: list[str]) -> dict:
     Args:
         annotations, videos: Names of the environment variables; both are checked before a model is run.
         splits: Names of the splits.
+
+    Raises:
+        ValueError: If a variable is not set.
+        NotADirectoryError: If there is no such folder of videos.
     """
-    setting(videos)
+    check_videos(setting(videos))
     return {"data_files": {split: str(setting(annotations)) for split in splits}}
 
 
-def make_docs(benchmark: Benchmark, rows: list[dict]) -> Dataset:
+def make_docs(benchmark: Benchmark, rows: Sequence[dict]) -> Dataset:
     """
     Turns rows of annotations into docs: `question`, `videos` (paths below the folder of videos, of which the first
     that exists is shown), `etchat` (see `models.etchat.ETChat`) and `annotation`, the row as JSON: its values have
     not one type per column, as Arrow would want.
 
     Raises:
-        ValueError: If there are no rows, or one is broken.
+        ValueError: If a row is broken.
     """
-    if not rows:
-        raise ValueError("the annotations hold no row of this task")
     return Dataset.from_list([_make_doc(benchmark, row) for row in rows])
 
 

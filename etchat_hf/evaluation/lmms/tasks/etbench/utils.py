@@ -3,7 +3,8 @@
 import json
 import math
 import os
-from functools import cache
+from functools import cache, lru_cache
+from pathlib import Path
 
 from datasets import Dataset
 from loguru import logger
@@ -26,9 +27,29 @@ def __getattr__(name: str) -> dict:
 
 
 def process_docs(dataset: Dataset) -> Dataset:
-    """The annotations of one task; the split says which."""
-    rows = ETBENCH.read(setting(ANNOTATIONS))
-    return make_docs(ETBENCH, [row for row in rows if row.get("task") == str(dataset.split)])
+    """The annotations of one task; the split says which.
+
+    Raises:
+        ValueError: If there are none, or one is broken.
+    """
+    path, task = setting(ANNOTATIONS), str(dataset.split)
+    rows = [row for row in _read(path, path.stat().st_mtime_ns) if row.get("task") == task]
+    if not rows:
+        message = f"{path} holds no row of task {task!r}; leave etbench_{task} and its groups out of --tasks"
+        logger.error(message)  # the harness tries again, and then ends with an error that does not name its cause
+        raise ValueError(message)
+    return make_docs(ETBENCH, rows)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, modified: int) -> list[dict]:
+    # Kept from one task to the next, so that a warning is given once. `modified` tells a file that was changed.
+    rows = ETBENCH.read(path)
+    unknown = [row.get("task") for row in rows if row.get("task") not in [*TASKS]]
+    if unknown:
+        tasks = ", ".join(sorted({f"{task!r:.60}" for task in unknown}))
+        logger.warning(f"{path}: {len(unknown)} rows are of unknown tasks, and not asked: {tasks}")
+    return rows
 
 
 def doc_to_visual(doc: dict) -> list[str]:
@@ -68,7 +89,13 @@ def failed(rows: list[dict]) -> int:
 
 
 def _evaluate(rows: list[dict]) -> dict:
-    return evaluate_etbench(rows, similarity=_similarity(os.environ.get(SIMILARITY, "sentence-transformers")))
+    return _evaluate_text(json.dumps(rows), os.environ.get(SIMILARITY, "sentence-transformers"))
+
+
+@lru_cache(maxsize=1)
+def _evaluate_text(rows: str, similarity: str) -> dict:
+    # A task's metrics are asked for one after the other, each with a list of its own of the same rows.
+    return evaluate_etbench(json.loads(rows), similarity=_similarity(similarity))
 
 
 @cache

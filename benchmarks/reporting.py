@@ -13,7 +13,8 @@ def report(
     claim: str, values: list[float], limit: float, at_most: bool = True, unit: str = "x", reason: str | None = None
 ) -> bool:
     """
-    Prints `claim: median M (min A, max B; limit L)`, and records it if RESULTS_VARIABLE names a file.
+    Prints `claim: median M (min A, max B; limit L)`, and records it if RESULTS_VARIABLE names a file. What was
+    measured once is shown as one figure.
 
     Args:
         claim (`str`): what is promised, in one line.
@@ -21,7 +22,7 @@ def report(
         limit (`float`): what the median must not pass.
         at_most (`bool`): whether `limit` is an upper limit, or else a lower one.
         unit (`str`): of values and limit.
-        reason (`str`, *optional*): why the limit cannot be met, Markdown; shown only where it is not.
+        reason (`str`, *optional*): why the limit cannot be met, Markdown; shown only where it is not met.
 
     Returns:
         `bool`: whether the claim holds.
@@ -30,13 +31,17 @@ def report(
     held = median <= limit if at_most else median >= limit
     low, high = min(values), max(values)
     side = "limit" if at_most else "at least"
-    figures = f"median {median:.3g} {unit} (min {low:.3g}, max {high:.3g}; {side} {limit:g})"
+    spread = f"min {low:.3g}, max {high:.3g}" if len(values) > 1 else "once"
+    figures = f"median {median:.3g} {unit} ({spread}; {side} {limit:g})"
     print(f"{claim}: {figures.replace('  ', ' ')}{'' if held else ' MISSED'}", flush=True)
+    if reason and not held:
+        print(reason, flush=True)
     _record(
         claim=claim,
         median=median,
         min=low,
         max=high,
+        repeats=len(values),
         limit=limit,
         at_most=at_most,
         unit=unit,

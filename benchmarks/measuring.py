@@ -99,6 +99,21 @@ def peak_memory(interval: float = 0.002):
         peak.megabytes = max(peak.megabytes, status_megabytes("RssAnon") - before)
 
 
+def kept_megabytes(model: torch.nn.Module, forward: Callable[[], object]) -> float:
+    """MB of activations that one call keeps for its backward pass, each storage once; parameters do not count."""
+    own, kept = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storage.nbytes() for storage in kept.values()) / MB
+
+
 def in_fresh_process(*arguments: str) -> dict:
     """Runs the calling script once more with `arguments`; what it prints last is the JSON object that is returned."""
     command = [sys.executable, sys.argv[0], *arguments]

@@ -1,5 +1,6 @@
-"""Claims: a further question on a clip costs at most 1.05 times what Q-Former and language model alone cost, and a
-clip that is found on disk costs at most half of encoding it.
+"""Claims: a further question on a clip costs at most 1.05 times what Q-Former and language model alone cost, a clip
+that is found on disk costs at most half of encoding it, and a turn of a conversation costs no more than in proportion
+to its number.
 
 The question is `etchat_hf.inference.ask` from text to text: template, tokenizers, checks, generation, matches, answer.
 What it is compared with is the compressor called once and transformers' own Phi-3 with the same weights, given
@@ -12,19 +13,19 @@ from pathlib import Path
 
 import torch
 from measuring import ratios, seconds
-from mid_size import FRAMES, SIZE, build_model, build_parser
+from mid_size import FRAMES, SIZE, build_model, build_parser, parse
 from reporting import note, report
 from transformers import Phi3ForCausalLM
 
 from etchat_hf import ClipEncoder, ETChatVideoProcessor
 from etchat_hf.chat_templates import load_chat_template
-from etchat_hf.inference import ask
+from etchat_hf.inference import Chat, ask
 from etchat_hf.toy.tiny_model import build_processor
 from etchat_hf.verification import CLIP_SECONDS, write_clip
 
 LIMIT, FOUND_LIMIT = 1.05, 0.5
 QUESTION = "When is the red square visible, and what happens to it after that?"
-NEW_TOKENS = 32
+NEW_TOKENS, TURNS = 32, (1, 2, 4, 8)
 
 
 def build(arguments):
@@ -47,8 +48,49 @@ def plain_language_model(model) -> Phi3ForCausalLM:
     return plain.eval()
 
 
+def turn(model, processor, clip, number: int, reinsert_clip: bool):
+    """A function that asks the question as turn `number` of a conversation whose answers are short."""
+    chat = Chat(model, processor, clip, reinsert_clip=reinsert_clip)
+    chat.ask(QUESTION, max_new_tokens=1)
+    question = chat.messages[0]
+    again = question | {"content": question["content"][1:]}
+    said = {"role": "assistant", "content": "It is visible at the beginning."}
+    history = [message for _ in range(number - 1) for message in (again, said)]
+    history[:1] = [question] * bool(history)
+
+    def work():
+        chat.messages, chat.times = list(history), []
+        chat.ask(QUESTION, max_new_tokens=NEW_TOKENS)
+        assert not chat.left_out
+
+    return work
+
+
+def report_turns(model, processor, clip, repeats: int) -> bool:
+    """What a turn costs by its number; with the clip shown again the prompt has that many times the frames."""
+    lines = []
+    for reinsert in (True, False):
+        turns = [turn(model, processor, clip, number, reinsert) for number in TURNS]
+        rounds = [[seconds(work) for work in turns] for _ in range(repeats + 1)][1:]
+        fastest = [min(times) for times in zip(*rounds, strict=True)]
+        costs = [time / fastest[0] for time in fastest]
+        lines.append(", ".join(f"turn {number} {cost:.2f} x" for number, cost in zip(TURNS, costs, strict=True)))
+        if reinsert:
+            values = [times[-1] / times[0] for times in rounds]
+    note(
+        "A turn of a conversation, beside its first: "
+        + lines[0]
+        + ". Each turn reads the whole conversation anew, in "
+        "which every turn shows the clip again, compressed for its own question; so the turns together grow as the "
+        "square of their number. With reinsert_clip=False: " + lines[1] + "."
+    )
+    return report(
+        f"turn {TURNS[-1]} of a conversation / its first turn, no more than in proportion", values, TURNS[-1]
+    )
+
+
 def main() -> int:
-    arguments = build_parser(__doc__).parse_args()
+    arguments = parse(build_parser(__doc__))
     model, processor = build(arguments)
     plain = plain_language_model(model)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
@@ -90,6 +132,15 @@ def main() -> int:
         note(
             f"{FRAMES} frames of {CLIP_SECONDS} s, answers of {NEW_TOKENS} tokens: encoding the clip takes "
             f"{encoding / asking:.1f} times as long as a question."
+        )
+        held.append(report_turns(model, processor, clip, arguments.repeats))
+        decoding = min(
+            seconds(lambda: processor.video_processor(video, return_tensors="pt", **sampling)) for _ in "12"
+        )
+        note(
+            "Training with `vision_cache_dir` knows clips by their pixels, not by their file: it shares no entries "
+            f"with ask and infer, and decodes each video in each epoch, which takes {decoding:.2f} s for this clip; "
+            f"encoding it, which it spares, takes {encoding - decoding:.2f} s."
         )
     return int(not all(held))
 

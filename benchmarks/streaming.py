@@ -19,6 +19,7 @@ from reporting import note, report
 WORDS = (
     "a person opens the door and red square moves before blue circle appears on the table while camera walks".split()
 )
+REPEATS = 3
 # What it is called, seconds to the first batch, MB above the imports.
 LIMITS = {"first": ("index to be made", 6.0, 300), "again": ("index cached", 2.0, 300)}
 
@@ -94,16 +95,21 @@ def main() -> int:
         path = Path(folder) / "annotations.json"
         write_annotations(path, arguments.rows)
         print(f"{arguments.rows} rows, {path.stat().st_size / 1e6:.0f} MB")
-        results = {what: in_fresh_process(what, path) for what in ("first", "again", "json.load")}
-    for what, result in results.items():
+        results = {"json.load": [in_fresh_process("json.load", path)], "first": [], "again": []}
+        for _ in range(REPEATS):
+            path.touch()  # the index of an older file does not count
+            for what in LIMITS:
+                results[what].append(in_fresh_process(what, path))
+    for what, (result, *_) in results.items():
         print(f"{what:10s}" + "".join(f"  {name} {value:8.1f}" for name, value in result.items()))
-    ratio = results["json.load"]["peak MB above import"] / results["first"]["peak MB above import"]
+    loaded, first = (results[what][0]["peak MB above import"] for what in ("json.load", "first"))
+    ratio = loaded / first
     note(f"{arguments.rows} rows; json.load of the whole file needs {ratio:.0f} times the memory.")
     held = []
     for what, (name, seconds, megabytes) in LIMITS.items():
-        held.append(report(f"First batch, {name}", [results[what]["first batch, s"]], seconds, unit="s"))
-        memory = results[what]["peak MB above import"]
-        held.append(report(f"Memory above the imports, {name}", [memory], megabytes, unit="MB"))
+        times, memory = ([run[key] for run in results[what]] for key in ("first batch, s", "peak MB above import"))
+        held.append(report(f"First batch, {name}", times, seconds, unit="s"))
+        held.append(report(f"Memory above the imports, {name}", memory, megabytes, unit="MB"))
     return int(not all(held))
 
 

@@ -121,12 +121,19 @@ def main() -> int:
     held.append(report(claim, values, 1.0))
 
     child = ["--device", options.device] + ["--full-size"] * options.full_size
-    few, many = (in_fresh_process("--encode", str(n), *child)["megabytes"] for n in (FEW, MANY))
-    note(f"Memory of the tower beyond the features: {few:.0f} MB for {FEW} frames, {many:.0f} MB for {MANY}.")
-    held.append(report(f"Memory of the tower, {MANY} frames / {FEW} frames", [many / few], MEMORY_LIMIT))
-    few, many = (in_fresh_process("--ask", str(n), *child)["megabytes"] for n in (QUESTIONS // 4, QUESTIONS))
+
+    def peaks(option: str, number: int) -> list[float]:
+        return [in_fresh_process(option, str(number), *child)["megabytes"] for _ in range(options.repeats)]
+
+    few, many = (peaks("--encode", number) for number in (FEW, MANY))
+    note(
+        f"Memory of the tower beyond the features: {min(few):.0f} MB for {FEW} frames, {min(many):.0f} MB for {MANY}."
+    )
+    values = [b / a for a, b in zip(few, many, strict=True)]
+    held.append(report(f"Memory of the tower, {MANY} frames / {FEW} frames", values, MEMORY_LIMIT))
+    few, many = (peaks("--ask", number) for number in (QUESTIONS // 4, QUESTIONS))
     claim = f"Memory of the compressor, {QUESTIONS} questions about one clip / {QUESTIONS // 4} questions"
-    held.append(report(claim, [many / few], MEMORY_LIMIT))
+    held.append(report(claim, [b / a for a, b in zip(few, many, strict=True)], MEMORY_LIMIT))
     return int(not all(held))
 
 

@@ -88,6 +88,8 @@ class ETChatGenerationMixin(GenerationMixin):
             raise ValueError("generate() cannot continue from a filled past_key_values; pass the whole conversation.")
         self._align_left(kwargs)
         recorder = MatchRecorder(can_skip=not self._is_sharded())
+        if not recorder.can_skip:
+            _gather_for(self, "_score_unread")
         outputs = super().generate(
             generation_config=generation_config, match_recorder=recorder, prompt_length=prompt_length, **kwargs
         )
@@ -185,6 +187,9 @@ class ETChatGenerationMixin(GenerationMixin):
         frames = unmatched if use_cache else torch.cat([outputs.vid_frames, unmatched], dim=1)
         return model_kwargs | {"match_states": states, "vid_frames": frames}
 
+    def _score_unread(self, states, frame_keys, frame_mask):
+        return self.score_frames(states, frame_keys, frame_mask)
+
     def _collect_matches(self, sequences, recorder, prompt_length: int, kwargs: dict) -> list[list[VidMatch]]:
         matches = [[] for _ in sequences]
         clips = kwargs.get("placeholder_clips")
@@ -192,7 +197,9 @@ class ETChatGenerationMixin(GenerationMixin):
             return matches
         copies = len(sequences) // len(clips)
         generated = sequences[:, prompt_length:].cpu() == self.config.match_token_id
-        scores = [*recorder.scores[1:], self.score_frames(*recorder.unread)]
+        # Processes that share the head use it together
+        scores_last = not recorder.can_skip or bool(generated[:, -1].any())
+        scores = [*recorder.scores[1:], self._score_unread(*recorder.unread) if scores_last else None]
         scores = {step: scores[step][:, 0].cpu() for step in generated.any(0).nonzero().flatten().tolist()}
         for row, step in generated.nonzero().tolist():
             if not clips[row // copies]:
@@ -202,6 +209,15 @@ class ETChatGenerationMixin(GenerationMixin):
             frame = int(row_scores.argmax())
             matches[row].append(VidMatch(prompt_length + step, frame, times[frame], row_scores.softmax(-1)))
         return matches
+
+
+def _gather_for(model: torch.nn.Module, method: str) -> None:
+    """Under FSDP2, has the model's parameters gathered for another method than `forward`, too."""
+    # Heavy, and needed for nothing else
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, method)
 
 
 __all__ = ["ETChatGenerateOutput", "ETChatGenerationMixin", "VidMatch"]

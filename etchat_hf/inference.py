@@ -297,6 +297,8 @@ class Chat:
         """One turn: arguments, result and errors as [`ask`]'s. One that raises leaves the conversation as it was."""
         if src and not self.model.config.use_matching:
             raise ValueError("src gives times, but this model was trained without <vid> matching.")
+        if (count := question.count(VID_TOKEN)) != len(src or []):
+            raise ValueError(f"The question holds {count} <vid>, but src gives {len(src or [])} times; give one each.")
         asked = [*self.messages, _user(question, None if self.messages else self.clip)]
         messages, times, inputs = self._newest_that_fit(asked, [*self.times, *(src or [])], max_new_tokens)
         outputs = _generate(self.model, inputs, max_new_tokens, "lower --fps, set --max-frames")

@@ -82,8 +82,8 @@ class ETChatCausalLMOutputWithPast(CausalLMOutputWithPast):
         match_scores (`torch.FloatTensor`, float32, *optional*):
             Score of each frame of the reference clip, `-inf` where there is no frame. Without labels of shape
             `(B, kept, T)`, aligned with `logits`; with labels of shape `(targets, T)`, a row for each `<vid>` of the
-            labels in order; with `match_states` of shape `(B, 1, T)`, of the input's last token. Their softmax is the
-            distribution over frames.
+            labels in order; with `match_states` and `skip_match_scores` of shape `(B, 1, T)`, of the input's last
+            token. Their softmax is the distribution over frames.
         match_states (`torch.FloatTensor` of shape `(B, 1, hidden)`):
             The second-to-last block's output at the last position: by it the next token is matched, if it is `<vid>`.
         frame_keys (`torch.FloatTensor` of shape `(B, T, hidden)`, float32, *optional*):

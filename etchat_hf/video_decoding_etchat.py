@@ -59,7 +59,7 @@ SEEK_MARGIN = 16
 # (MPEG-PS, MPEG-TS, AVI, FLV) are decoded from the beginning.
 INDEXED_FORMATS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
-# Formats of FFmpeg whose files name others instead of holding pictures, and how the texts among those begin.
+# Formats of FFmpeg whose files name others instead of holding pictures, and what the texts among those begin with.
 PLAYLISTS = {"applehttp", "concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest"}
 HEAD_BYTES, PLAYLIST_MARKS = 4096, (b"#EXTM3U", b"ffconcat version", b"<MPD", b"<CompositionPlaylist", b"c=IN IP")
 
@@ -411,7 +411,7 @@ def open_alone(backend: str, source: Source) -> VideoReader:
     if backend != "pyav":
         with source.open() as file:
             head = file.read(HEAD_BYTES)
-        if any(mark in head for mark in PLAYLIST_MARKS):
+        if b"\0" not in head and any(mark in head for mark in PLAYLIST_MARKS):
             raise ValueError(f"{source.name}: a playlist, which names other files; give one of those")
     return READERS[backend](source)
 
@@ -775,9 +775,9 @@ class DecordReader(VideoReader):
             IndexError,
         )
         self._may_seek = index is not None
-        starts, shape, fps = self._retried(self._read_index)
+        starts = self._retried(self._read_starts)
         if index is None:
-            self._trust(starts, shape, fps)
+            self._trust(starts, *self._retried(self._read_first))
             return
         if len(starts) != index.num_frames or np.abs(starts - index.times).max() > 2e-3:
             raise ValueError(
@@ -788,11 +788,15 @@ class DecordReader(VideoReader):
     def _open(self, threads: int) -> Any:
         return self._decord.VideoReader(self.path, num_threads=threads, fault_tol=NO_FAULTS)
 
-    def _read_index(self, threads: int) -> tuple[np.ndarray, tuple[int, ...], float]:
-        """When each frame starts, in seconds; the shape of the first one; and the average frames per second."""
+    def _read_starts(self, threads: int) -> np.ndarray:
+        """When each frame starts, in seconds."""
         reader = self._open(threads)
-        starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
-        return starts, reader[0].shape, float(reader.get_avg_fps())
+        return reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
+
+    def _read_first(self, threads: int) -> tuple[tuple[int, ...], float]:
+        """The shape of the first frame, and the average frames per second."""
+        reader = self._open(threads)
+        return reader[0].shape, float(reader.get_avg_fps())
 
     def _retried(self, step: Callable[[int], Any]) -> Any:
         """The result of `step` with all threads, or with one where that fails."""

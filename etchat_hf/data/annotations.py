@@ -39,7 +39,7 @@ class AnnotationFile(Protocol):
         """The row; ValueError or OSError if it is not readable."""
 
     def read_all(self) -> Iterator[dict | ValueError]:
-        """Every row in order, without `media`; the error of one that is not readable."""
+        """Every row in order, without `media`; for one that is not readable its error, which is raised if of many."""
 
 
 def open_annotations(annotations: str) -> list[AnnotationFile]:

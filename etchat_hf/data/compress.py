@@ -19,7 +19,7 @@ import numpy as np
 
 from etchat_hf.data.settings_file import keep_settings
 from etchat_hf.loader_workers import leave_with_parent
-from etchat_hf.video_decoding_etchat import open_video, sample_frame_indices
+from etchat_hf.video_decoding_etchat import INDEXED_FORMATS, open_video, sample_frame_indices
 
 VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
 SETTINGS_FILE = ".etchat-compress.json"
@@ -151,6 +151,8 @@ def _attempt(source: Path, output: Path, settings: Compression) -> str | None:
     try:
         compress_video(source, output, settings)
     except (ValueError, OSError, av.FFmpegError) as error:
+        if output.exists():  # another run was at it, and was faster
+            return None
         return str(error).removeprefix(f"{source}: ")  # it is named with the reason
     return None
 
@@ -170,17 +172,18 @@ def compress_video(source: Path, output: Path, settings: Compression) -> None:
     height, width = _scaled(reader.height, reader.width, settings.size)
     _warn_of_early_end(source, reader.duration)
     output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_partials(output)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         _write(partial, reader.read(indices), times, (height, width), _time_base(source))
         _verify(partial, times, (height, width))
         os.replace(partial, output)
     finally:
-        _remove_partials(output)
+        partial.unlink(missing_ok=True)
 
 
 def _remove_partials(output: Path) -> None:
-    """Also those that killed processes have left behind."""
+    """Removes what killed processes have left behind."""
     for partial in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
         partial.unlink(missing_ok=True)
 
@@ -188,7 +191,9 @@ def _remove_partials(output: Path) -> None:
 def _warn_of_early_end(source: Path, duration: float) -> None:
     with av.open(str(source), metadata_errors="replace") as container:
         stream = container.streams.video[0]
-        declared = (container.duration or 0) / av.time_base - float((stream.start_time or 0) * stream.time_base)
+        declared = (container.duration or 0) / av.time_base
+        if container.format.name in INDEXED_FORMATS:  # in others it does not count from zero
+            declared -= float((stream.start_time or 0) * stream.time_base)
     if declared - duration > max(1.0, 0.1 * declared):
         warnings.warn(
             f"{source}: its pictures end after {duration:.1f} of {declared:.1f} s; is the file complete?", stacklevel=2

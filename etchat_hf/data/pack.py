@@ -5,9 +5,10 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 
@@ -83,7 +84,12 @@ def pack(
         if not root.startswith(URL_PREFIXES) and not Path(root).is_dir():
             raise FileNotFoundError(f"{root}: no such folder of media")
     stem = Path(files[0].name).stem
-    settings = {"num_shards": num_shards, "annotations and media": _digest(files, media_root, image_root)}
+    settings = {
+        "num_shards": num_shards,
+        "annotations": [_digest(file) for file in files],
+        # Only the last part: a folder may be elsewhere on another machine, and its place there is nobody's business
+        "media": [root and PurePath(root).name for root in (media_root, image_root)],
+    }
     keep_settings(destination / f".{stem}.pack.json", settings)
     roots = {"video": media_root, "image": image_root or media_root}
     packed, num_skipped, problems = 0, 0, []
@@ -100,15 +106,10 @@ def pack(
     return Packed(packed, num_skipped, problems)
 
 
-def _digest(files: list[AnnotationFile], *roots: str | None) -> str:
-    """Tells other annotations and other folders apart, without naming those of this machine."""
-    state = hashlib.sha256()
-    for root in roots:
-        state.update(f"{root if root is None or root.startswith(URL_PREFIXES) else os.path.abspath(root)}\n".encode())
-    for file in files:
-        for part in (file.index.start, file.index.extent, file.index.duration, file.index.words, file.index.modality):
-            state.update(part.tobytes())
-    return state.hexdigest()[:16]
+def _digest(file: AnnotationFile) -> str:
+    """Tells other content apart."""
+    with fsspec.open(file.name, "rb") as content:
+        return hashlib.file_digest(content, lambda: hashlib.blake2b(digest_size=8)).hexdigest()
 
 
 def _media_name(place: Place) -> str:

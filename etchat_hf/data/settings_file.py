@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 
 
@@ -18,19 +19,22 @@ def keep_settings(path: Path, settings: dict) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
         partial.write_text(json.dumps(settings), encoding="utf-8")
         os.replace(partial, path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = differences(json.loads(path.read_text(encoding="utf-8")), settings)
     except ValueError as error:
         raise ValueError(
             f"{path}: not valid JSON ({error}); if what lies beside it was made with {settings}, delete it."
         ) from error
-    changed = [
-        f"{name} {found.get(name)}, not {value}" for name, value in settings.items() if found.get(name) != value
-    ]
     if changed:
-        raise ValueError(
-            f"{path.parent}: what is there was made with {', '.join(changed)}; choose another destination."
-        )
+        raise ValueError(f"{path.parent}: what is there was made with {changed}; choose another destination.")
+
+
+def differences(known: object, settings: dict) -> str:
+    """Which settings are known otherwise, and how; empty if none."""
+    known = known if isinstance(known, dict) else {}
+    return "; ".join(
+        f"{name} {known.get(name)}, not {value}" for name, value in settings.items() if known.get(name) != value
+    )

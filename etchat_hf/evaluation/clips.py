@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from threading import Thread
 
 import numpy as np
 import torch
@@ -112,6 +113,7 @@ def read_ahead(
     """
     done, is_alone = 0, False
     while done < len(keys):
+        begun = done
         # Which of the keys being read a process died of is unknown: each is then read alone, until one is the cause
         clips = _load(read, keys[done : done + 1] if is_alone else keys[done:], ahead, num_workers)
         try:
@@ -122,7 +124,7 @@ def read_ahead(
         except RuntimeError as error:
             if DEAD_WORKER not in str(error):
                 raise
-            if is_alone:
+            if is_alone and done == begun:
                 yield "the process that decoded it died; was there too little memory?"
                 done += 1
             is_alone = not is_alone
@@ -138,9 +140,20 @@ def _load(read: Callable[[Hashable], DecodedClip], keys: Sequence[Hashable], ahe
         collate_fn=_without_tensor,
         worker_init_fn=leave_with_parent,
     )
-    # From another thread, so that torch does not have a signal raise an error, amid whatever goes on, when one dies
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(iter, loader).result()
+    # From another thread: else torch has a signal raise an error, amid whatever goes on, when a process dies. It still
+    # does where a loader has been started from the main thread before.
+    started = Future()
+    thread = Thread(target=_start, args=(loader, started))
+    thread.start()
+    thread.join()
+    return started.result()
+
+
+def _start(loader: DataLoader, started: Future) -> None:
+    try:
+        started.set_result(iter(loader))
+    except OSError as error:  # no further process can be had
+        started.set_exception(error)
 
 
 class _Reading(Dataset):

@@ -141,7 +141,11 @@ def score_etbench(
             raise UnknownTaskError(f"{task!r:.60}")
         for key in ("source", "video"):
             require(row, key, str)
-        return TASKS[task].score(Sample(row, get_answer(row, name, problems), name, compare))
+        noted = Problems()
+        outcome = TASKS[task].score(Sample(row, get_answer(row, name, noted), name, compare))
+        for kind, names_of_kind in noted.items():  # of rows that count
+            problems.setdefault(kind, []).extend(names_of_kind)
+        return outcome
 
     return Scores(score_each(rows, names, score, problems), problems, compare)
 

@@ -147,7 +147,8 @@ def _most_similar(sample: Sample) -> int:
         return int(np.argmax(sample.similarity(sample.answer, labelled)))
     except EncoderUnavailableError as error:
         raise EncoderUnavailableError(
-            f"{sample.name}: answer {sample.answer!r:.60} names no option, and {error}; try similarity 'jaccard'"
+            f"{sample.name}: answer {sample.answer!r:.60} names no option, and {error}; give "
+            "similarity 'jaccard' (--similarity jaccard)"
         ) from error
 
 

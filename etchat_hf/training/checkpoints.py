@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .. import modeling_etchat
 from ..configuration_etchat import ETChatConfig
+from ..data.settings_file import differences
 from ..modeling_etchat import ETChatForConditionalGeneration
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -48,14 +50,10 @@ def check_same_training(checkpoint: Path, settings: dict) -> None:
             f"{checkpoint}: holds a model only (save_only_model), so training cannot go on from it; begin anew in "
             "another --output_dir."
         )
-    known = json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8"))
-    changed = [
-        f"{name} {known.get(name)}, not {value}" for name, value in settings.items() if known.get(name) != value
-    ]
+    changed = differences(json.loads((checkpoint / SETTINGS).read_text(encoding="utf-8")), settings)
     if changed:
         raise ValueError(
-            f"{checkpoint}: was trained with {'; '.join(changed)}. Go on with the same, or begin anew in another "
-            "--output_dir."
+            f"{checkpoint}: was trained with {changed}. Go on with the same, or begin anew in another --output_dir."
         )
 
 
@@ -106,6 +104,8 @@ def merge_checkpoint(checkpoint: str | Path, destination: str | Path, dtype: tor
             base, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
         )
         model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+        # The base's tells of the end of a turn in the conversation type that came before
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
     else:
         model = ETChatForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     with replaced_at_once(destination) as folder:

@@ -8,10 +8,11 @@ import torch
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import logging
 
 from ..clip_encoder import ClipEncoder
 from ..data import ETChatBatchSampler, ETChatDataset
@@ -23,6 +24,8 @@ from .model import check_vid_token, stored_dtype
 from .model_card import public_name, write_model_card
 from .span_evaluation import answer_sample, score_samples
 from .tuning import set_trained
+
+logger = logging.get_logger(__name__)
 
 LOSS_PARTS = ("lm_loss", "match_loss")
 
@@ -41,7 +44,8 @@ class ETChatTrainer(Trainer):
         processing_class ([`ETChatProcessor`]): saved with every checkpoint.
         tuning_mode (`str`): which parameters are trained; see [`ETChatModelArguments`].
         base_model (`str`): folder or Hub id that training started from.
-        kwargs: those of `Trainer`. With an [`ETChatDataset`] as `train_dataset` its batch sampler is used.
+        kwargs: those of `Trainer`, but for `compute_metrics` and `preprocess_logits_for_metrics`: there are no logits.
+            With an [`ETChatDataset`] as `train_dataset` its batch sampler is used.
 
     Raises:
         ValueError: if the processor's `<vid>` is not the model's, or arguments do not suit the model.
@@ -55,6 +59,11 @@ class ETChatTrainer(Trainer):
         self._parts = {}
         self._parts_since = 0
         super().__init__(model, args, processing_class=processing_class, **kwargs)
+        if self.compute_metrics is not None or self.preprocess_logits_for_metrics is not None:
+            raise ValueError(
+                "compute_metrics and preprocess_logits_for_metrics want logits, which are not computed; set "
+                "eval_span_samples for scores of answers."
+            )
         if model.config.use_matching:
             check_vid_token(model.config, processing_class, base_model)
         if args.lora_learning_rate is not None and not hasattr(model, "peft_config"):
@@ -121,6 +130,11 @@ class ETChatTrainer(Trainer):
             worker_init_fn=leave_with_parent,
         )
         return self.accelerator.prepare(loader)
+
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        loader = super().get_eval_dataloader(eval_dataset)
+        loader.worker_init_fn = leave_with_parent
+        return loader
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         inputs = super()._prepare_inputs(inputs)
@@ -209,8 +223,9 @@ class ETChatTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.args.eval_span_samples:
-            spans = self._score_spans(eval_dataset or self.eval_dataset)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.args.eval_span_samples and not isinstance(dataset, dict):  # of several, each is evaluated by its name
+            spans = self._score_spans(self.eval_dataset[dataset] if isinstance(dataset, str) else dataset)
             spans = {f"{metric_key_prefix}_{name}": value for name, value in spans.items()}
             self.log(spans)
             metrics |= spans
@@ -236,24 +251,38 @@ class ETChatTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
-        As `Trainer.train`.
+        As `Trainer.train`; of a run that was finished already nothing is trained.
 
         Raises:
-            ValueError: if training cannot go on from the checkpoint exactly: it holds a model only, or was trained
-                with other settings or on other rows.
+            FileNotFoundError: if there is no such checkpoint.
+            ValueError: if training cannot go on from it exactly: it holds a model only, or what `_settings` tells has
+                changed.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise FileNotFoundError(f"{self.args.output_dir}: holds no checkpoint to go on from.")
         if resume_from_checkpoint:
             check_same_training(Path(resume_from_checkpoint), self._settings())
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            if self._is_finished(state):  # Trainer would take one more step
+                logger.warning("%s: this run is finished; nothing is trained", resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _is_finished(self, state: TrainerState) -> bool:
+        if self.args.max_steps > 0:
+            return state.global_step >= self.args.max_steps
+        return state.global_step >= state.max_steps and state.num_train_epochs >= self.args.num_train_epochs
+
     def _settings(self) -> dict:
-        """What cannot change between the starts of a run without a break in what it computes."""
+        """What trained parameters, optimizer and the order of the rows depend on; of the rows only their numbers."""
         args = self.args
         settings = {
             "tuning_mode": self.tuning_mode,
             "lora": None,
+            "learning rates": [args.learning_rate, args.lora_learning_rate],
             "samples per step": args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
         }
         if hasattr(self.model, "peft_config"):
@@ -261,7 +290,9 @@ class ETChatTrainer(Trainer):
             settings["lora"] = {"targets": lora.target_modules, "r": lora.r, "alpha": lora.lora_alpha}
         if isinstance(self.train_dataset, ETChatDataset):
             settings["seed of the order"] = self.train_dataset.seed
+            settings["grouped by modality"] = self.train_dataset.group_by_modality
             settings["rows"] = [len(rows) for rows in self.train_dataset.sources]
+            settings["weights"] = [rows.source.weight for rows in self.train_dataset.sources]
         return settings
 
     def _save_checkpoint(self, model, trial) -> None:

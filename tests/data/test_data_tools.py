@@ -309,7 +309,14 @@ def test_other_annotations_or_numbers_of_shards_are_not_mixed(tmp_path, media):
     assert other.exit_code == 2 and "was made with num_shards 3, not 2; choose another destination" in other.output
     write_rows(tmp_path / "rows.json", ROWS[:4])
     other = run("pack", path, media, packed, "--num-shards", 3)
-    assert other.exit_code == 2 and "was made with annotations and media" in other.output
+    assert other.exit_code == 2 and "was made with annotations ['" in other.output
+    write_rows(tmp_path / "rows.json", [row | {"tgt": [1, 3.5]} if "tgt" in row else row for row in ROWS])
+    assert "was made with annotations ['" in run("pack", path, media, packed, "--num-shards", 3).output
+    write_rows(tmp_path / "rows.json", ROWS)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    assert "was made with media [" in run("pack", path, elsewhere, packed, "--num-shards", 3).output
+    media = shutil.copytree(media, elsewhere / media.name)
+    assert run("pack", path, media, packed, "--num-shards", 3).exit_code == 0
     assert len(list(packed.glob("*.parquet"))) == 3
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from etchat_hf.clip_encoder import DecodedClip
+from etchat_hf.evaluation import clips as clips_module
 from etchat_hf.evaluation.clips import find_video, read_ahead, sample_video
 from etchat_hf.evaluation.decoding import RowBudgets, RowRepetitionPenalty, RowSampler
 from etchat_hf.evaluation.journal import Journal, check_same_run, read_journals, write_run
@@ -178,6 +179,13 @@ def test_a_process_that_dies_takes_only_its_own_clip_along():
     clips = list(read_ahead(read, range(8), ahead=4, num_workers=1))
     dead = "the process that decoded it died; was there too little memory?"
     assert clips == [dead if key == 3 else f"clip {key}" for key in range(8)]
+
+
+def test_processes_that_read_ahead_end_well():
+    loader = clips_module._load(str, range(4), ahead=2, num_workers=2)
+    processes = loader._workers
+    assert len(list(loader)) == 4
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 READING = """

@@ -128,7 +128,7 @@ def test_the_histogram_says_which_span_counts(tmp_path):
 def test_a_page_of_nothing_but_failures(tmp_path):
     row = {"vid": "V", "query": "q", "span": [0, 1], "pred": None, "response": ""}
     _, page = write_page("charades", [row], tmp_path)
-    assert "1 x not one answer could be read: all 1 rows" in page.texts and "(empty)" in page.texts
+    assert "1 x no answer holds exactly two times: all 1 rows" in page.texts and "(empty)" in page.texts
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, TrainerCallback
 from transformers.utils import logging
 
 from etchat_hf import ETChatConfig, ETChatForConditionalGeneration
-from etchat_hf.training import merge_checkpoint
+from etchat_hf.training import ETChatTrainer, merge_checkpoint
 
 from .runs import build_trainer, run, run_until_killed
 
@@ -87,6 +87,9 @@ def test_a_stage_ends_with_a_merged_model(stage, batch):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.allclose(scores(loaded, batch), scores(stage.model, batch), atol=1e-4)
     assert loaded.config.use_matching and loaded.config.bi_attention
+    # The stage's own, not that of the model it started from
+    assert loaded.generation_config.eos_token_id == stage.model.generation_config.eos_token_id
+    assert loaded.generation_config.eos_token_id != GenerationConfig.from_pretrained(stage.base_model).eos_token_id
     card = open(f"{folder}/README.md", encoding="utf-8").read()
     assert "LoRA of rank 4" in card and "3 steps" in card
 
@@ -207,3 +210,27 @@ def test_an_interrupted_write_leaves_no_checkpoint(start, toy_data, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_finished_run_is_not_trained_further(start, toy_data, tmp_path):
+    build_trainer(start, toy_data, tmp_path, max_steps=2).train()
+    before = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    again = build_trainer(start, toy_data, tmp_path, max_steps=2)
+    assert again.train(resume_from_checkpoint=True).global_step == 2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    again.save_stage()
+    after = load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    longer = build_trainer(start, toy_data, tmp_path, max_steps=3)
+    assert longer.train(resume_from_checkpoint=True).global_step == 3
+
+
+def test_resuming_from_nothing_is_refused(start, toy_data, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}: holds no checkpoint to go on from"):
+        build_trainer(start, toy_data, tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_metrics_that_want_logits_are_refused(stage):
+    options = {"tuning_mode": "projector", "base_model": "x", "compute_metrics": lambda prediction: {}}
+    with pytest.raises(ValueError, match="compute_metrics and preprocess_logits_for_metrics want logits"):
+        ETChatTrainer(stage.model, stage.args, processing_class=stage.processing_class, **options)

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 
 import torch
 from safetensors.torch import load_file
@@ -53,3 +54,36 @@ def test_fsdp2_shards_trains_saves_and_resumes(start, toy_data, tmp_path):
     resumed = load_file(again / "model.safetensors")
     for name in merged:
         assert torch.allclose(resumed[name], merged[name], atol=1e-6), name
+
+
+GENERATING = """
+import sys
+import torch.distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from etchat_hf import ETChatForConditionalGeneration, ETChatProcessor
+from etchat_hf.toy import bundled_checkpoint
+
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
+processor = ETChatProcessor.from_pretrained(bundled_checkpoint())
+content = [{"type": "video", "path": sys.argv[1]}, {"type": "text", "text": "When is the red square visible?"}]
+inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                       tokenize=True, return_dict=True)
+answers = []
+for is_sharded in (False, True):
+    model = ETChatForConditionalGeneration.from_pretrained(bundled_checkpoint()).eval()
+    if is_sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), reshard_after_forward=True)
+    # Answers that end after <vid> and elsewhere
+    outputs = [model.generate(**inputs, max_new_tokens=n, return_dict_in_generate=True) for n in range(1, 9)]
+    answers.append([[(match.position, match.frame) for match in output.matches[0]] for output in outputs])
+assert answers[0] == answers[1] and any(answers[0]), answers
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_sharded_model_matches_the_same_frames(toy_data, tmp_path):
+    video = next((toy_data / "videos").iterdir())
+    command = [sys.executable, "-c", GENERATING, str(video), str(tmp_path / "store")]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]

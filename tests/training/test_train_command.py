@@ -146,6 +146,9 @@ def test_skipped_samples_are_of_this_run_and_those_it_goes_on_from(train, tmp_pa
 
 
 @pytest.mark.parametrize(("changes", "message"), [
+    ({"weights": 2}, r"weights \[1.0\], not \[2.0\]"),
+    ({"group_by_modality": True}, "grouped by modality False, not True"),
+    ({"learning_rate": 0.5}, r"learning rates \[0.001, None\], not \[0.5, None\]"),
     ({"data_seed": 7}, "seed of the order 1, not 7"),
     ({"per_device_train_batch_size": 2}, "samples per step 4, not 2"),
     ({"tuning_mode": "attention"}, "tuning_mode projector, not attention"),

@@ -143,6 +143,13 @@ def test_evaluation_gives_the_scores_of_etbench_for_the_answers_of_inference(toy
     assert (metrics["eval_mIoU"], metrics["eval_R@0.7"]) == (grounding["mIoU"], grounding["F1@0.7"])
 
 
+def test_several_evaluation_sets_are_scored_each(start, toy_data, tmp_path):
+    trainer = build_trainer(start, toy_data, tmp_path, eval_span_samples=2, eval_max_new_tokens=4)
+    trainer.eval_dataset = {"one": trainer.eval_dataset, "two": trainer.eval_dataset}
+    metrics = trainer.evaluate()
+    assert {"eval_one_loss", "eval_one_match_loss", "eval_two_mIoU"} <= set(metrics)
+
+
 def test_nothing_is_scored_where_no_answer_is_a_span(toy_data, tmp_path):
     rows = [row for row in json.loads((toy_data / "stage3.json").read_text()) if row["task"] in ("vhd", "rar")]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

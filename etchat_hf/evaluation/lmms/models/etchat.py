@@ -104,7 +104,8 @@ class ETChat(lmms):
         try:
             visuals = doc_to_visual(doc) or []
         except (OSError, ValueError) as error:
-            return _warn(name, reason_of(error))
+            _warn(name, reason_of(error))
+            return None
         if len(visuals) != 1 or not isinstance(visuals[0], str):
             kinds = [type(visual).__name__ for visual in visuals]
             raise ValueError(f"{name} shows {kinds}; E.T. Chat takes the path of one video or image")
@@ -152,11 +153,13 @@ class ETChat(lmms):
 
     def _write_prompt(self, question: Question, clip: EncodedClip | str) -> Prompt | None:
         if isinstance(clip, str):
-            return _warn(question.name, clip)
+            _warn(question.name, clip)
+            return None
         try:
             return write_prompt(self.processor, self.model.config, question.request, clip, question.max_new_tokens)
         except ValueError as error:
-            return _warn(question.name, reason_of(error))
+            _warn(question.name, reason_of(error))
+            return None
 
     def loglikelihood(self, requests: list[Instance]):
         """Not there: E.T. Chat's benchmarks are all answered in text."""

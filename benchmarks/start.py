@@ -4,8 +4,8 @@ makes no random weights first: either would be anonymous memory of the checkpoin
 
 Everything runs in fresh processes, in turns. The time is the processor's (user and system), which other programs on
 the machine disturb less: imports use one core. Loading is of the mid-size model; a language model of transformers with
-as many weights is loaded beside it, as a measure of its time: that one has far fewer tensors and modules, each of which
-takes its time, whatever its size.
+as many weights is loaded beside it, as a measure of its time: that one has far fewer tensors and modules, each of
+which takes its time, whatever its size.
 """
 
 import argparse

@@ -7,7 +7,8 @@ text, which with the frames fills the 2048 tokens of a stage. In shorter ones wh
 
 The encoder is frozen in the naive step too, so that autograd keeps nothing of it in either: there is nothing to
 compare. That ours keeps none of its activations is claimed by itself: a step from frames peaks near one from features
-that are there already. Kept, they would be more than all the rest, and double the peak. Run as `python benchmarks/training_step.py [--device cuda --full-size]`.
+that are there already. Kept, they would be more than all the rest, and double the peak. Run as
+`python benchmarks/training_step.py [--device cuda --full-size]`.
 """
 
 import json

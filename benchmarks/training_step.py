@@ -22,7 +22,7 @@ from mid_size import FRAMES, VID, VOCAB, build_inputs, build_model, build_parser
 from reporting import note, report
 from torch.nn.functional import cross_entropy
 
-MEMORY_LIMIT, TIME_LIMIT, LOSS_LIMIT, ENCODER_LIMIT = 0.5, 0.8, 1e-5, 1.25
+MEMORY_LIMIT, TIME_LIMIT, LOSS_LIMIT, ENCODER_LIMIT = 0.5, 0.8, 1e-5, 1.1
 CLIPS, TEXTS, TARGETS = 2, (2016, 512, 128), 4
 
 
@@ -122,7 +122,9 @@ def compare_memory(text: int, options) -> list[bool]:
     held.append(report(f"Loss, difference from naive, text of {text}", losses, LOSS_LIMIT, unit=""))
     if "from features" in peaks:
         kept = [a / b for a, b in zip(peaks["ours"], peaks["from features"], strict=True)]
-        held.append(report("Peak memory of a training step from frames / from features", kept, ENCODER_LIMIT))
+        claim = "Peak memory of a training step from frames / from features"
+        reason = "What it consists of has not been profiled. Activations kept by all blocks would more than double it."
+        held.append(report(claim, kept, ENCODER_LIMIT, reason=reason))
     return held
 
 
